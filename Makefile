@@ -1,0 +1,31 @@
+# make demo   train a Q-Former in two stages on the embedded Shapes world and answer questions; ends in a report
+# make test   run the tests
+# make check  lint and type-check
+# make reproduce   the whole table: both language models, the ablation, three seeds (an hour or two)
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test check reproduce clean
+
+demo: .venv/installed
+	$(BIN)/python stages/demo.py
+
+reproduce: .venv/installed
+	$(BIN)/python stages/reproduce.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The stamp is newer than what it was installed from, so a second run installs nothing.
+.venv/installed: setup.cfg constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

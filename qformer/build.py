@@ -1,0 +1,166 @@
+"""From config to objects: the only place that reads both the config and the classes."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from qformer.checkpoint import Transfer, read_adapter, transfer
+from qformer.config import DataConfig, EncoderConfig, LlmConfig, QFormerConfig, Stage1Config, Stage2Config, read_config
+from qformer.data import ImageTransform, RecordDataset, read_records
+from qformer.encoders import FrozenEncoder, load_encoder
+from qformer.language import FrozenLanguageModel, load_language_model
+from qformer.models import Stage1Adapter, Stage1Model, Stage2Adapter, Stage2Model
+from qformer.qformer import QFormer
+
+logger = logging.getLogger(__name__)
+
+DEC = "[DEC]"
+
+
+def build_encoder(config: EncoderConfig) -> FrozenEncoder:
+    """The frozen encoder that `encoder.*` names."""
+    return load_encoder(
+        config.loader,
+        config.id,
+        pretrained=config.pretrained,
+        revision=config.revision,
+        block=config.block,
+        image_size=config.image_size,
+        dtype=config.dtype,
+        width=config.width,
+        num_tokens=config.num_tokens,
+        random_weights=config.random_weights,
+    )
+
+
+def build_language_model(config: LlmConfig) -> FrozenLanguageModel:
+    """The frozen language model that `llm.*` names."""
+    return load_language_model(
+        config.id,
+        revision=config.revision,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        random_weights=config.random_weights,
+    )
+
+
+def build_tokenizer(config: QFormerConfig) -> Any:
+    """The BERT tokenizer of the Q-Former's text side, with [DEC] added as its `bos_token`.
+
+    Raises: ValueError when it cannot be loaded or has no [CLS], [SEP] or padding.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"qformer.tokenizer={config.tokenizer!r} cannot be loaded ({' '.join(str(error).split())[:160]}); "
+            "give a folder, or a hub id that can be reached"
+        ) from None
+    for token in ("cls_token", "sep_token", "pad_token"):
+        if getattr(tokenizer, token) is None:
+            raise ValueError(
+                f"qformer.tokenizer={config.tokenizer!r} has no {token}; a BERT-shaped tokenizer is needed"
+            )
+    tokenizer.add_special_tokens({"bos_token": DEC})
+    return tokenizer
+
+
+def build_qformer(config: QFormerConfig, encoder_width: int, vocab_size: int | None) -> QFormer:
+    """The Q-Former of `qformer.*`, with random weights; without a text side if `vocab_size` is None."""
+    return QFormer(
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        ffn_width=config.ffn_width,
+        queries=config.queries,
+        encoder_width=encoder_width,
+        cross_attention_frequency=config.cross_attention_frequency,
+        dropout=config.dropout,
+        vocab_size=vocab_size,
+        max_text_positions=config.max_text_positions,
+    )
+
+
+def build_stage1(config: Stage1Config, initialise: bool = True) -> Stage1Model:
+    """Stage 1's model, its adapter drawn from `train.seed` and, if named, `qformer.init_from`.
+
+    Args:
+        initialise: False where trained tensors are put in right after.
+    """
+    encoder = build_encoder(config.encoder)
+    tokenizer = build_tokenizer(config.qformer)
+    torch.manual_seed(config.train.seed)
+    adapter = Stage1Adapter(
+        build_qformer(config.qformer, encoder.width, len(tokenizer)),
+        encoder.width,
+        config.qformer.contrastive_width,
+        tokenizer.bos_token_id,
+        config.stage1.label_smoothing,
+        config.stage1.temperature,
+        config.stage1.itc,
+        config.stage1.itm,
+        config.stage1.itg,
+    )
+    if initialise and config.qformer.init_from:
+        from qformer.interop.bert import initialise_from_bert
+
+        initialise_from_bert(adapter, config.qformer.init_from)
+    return Stage1Model(encoder, adapter, tokenizer, config.data.max_text_tokens)
+
+
+def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2Model, Transfer | None]:
+    """Stage 2's model, and the report of what stage 1's adapter (`stage2.init_from`) gave it.
+
+    Raises: ValueError when that adapter was trained with another encoder, or does not fit.
+    """
+    init_from = Path(config.stage2.init_from) if initialise and config.stage2.init_from else None
+    tensors = None
+    if init_from:  # mistakes first: a language model takes long to load
+        require_same_encoder(config.encoder, init_from)
+        tensors = read_adapter(init_from)
+    encoder = build_encoder(config.encoder)
+    llm = build_language_model(config.llm)
+    torch.manual_seed(config.train.seed)
+    adapter = Stage2Adapter(build_qformer(config.qformer, encoder.width, None), encoder.width, llm.width)
+    model = Stage2Model(encoder, adapter, llm, config.llm.prompt, config.llm.max_target_tokens)
+    return model, None if tensors is None else transfer(adapter, tensors, str(init_from))
+
+
+def require_same_encoder(encoder: EncoderConfig, adapter_folder: Path) -> None:
+    """Raise ValueError, naming both, when the adapter was trained on another encoder's features."""
+    if not (adapter_folder / "config.yaml").is_file():
+        raise ValueError(f"{adapter_folder} is no adapter folder: it has no config.yaml")
+    trained = read_config(adapter_folder / "config.yaml").encoder
+    for key in ("loader", "id", "pretrained", "revision", "block", "image_size", "random_weights"):
+        ours, theirs = getattr(encoder, key), getattr(trained, key)
+        if ours != theirs:
+            raise ValueError(
+                f"wrong adapter for this config: {adapter_folder} was trained with encoder.{key}={theirs}, "
+                f"this config has encoder.{key}={ours}"
+            )
+
+
+def build_dataset(
+    config: DataConfig, encoder: FrozenEncoder, split: str, seed: int, sources: list[str] | None = None
+) -> RecordDataset:
+    """Captioned records of `data.train` or `data.validation`, with the encoder's own input transform."""
+    return RecordDataset(
+        read_records(sources or getattr(config, split), root=config.root, key=f"data.{split}"),
+        build_transform(encoder, config),
+        seed=seed,
+        augment=config.augment and split == "train",
+        text="caption",
+        clean=True,
+    )
+
+
+def build_transform(encoder: FrozenEncoder, config: DataConfig) -> ImageTransform | None:
+    """The input transform that belongs to the encoder's weights; None for precomputed features."""
+    given = encoder.input_transform
+    if given is None:
+        return None
+    low, high = config.crop_scale
+    return ImageTransform(given.size, given.mean, given.std, given.interpolation, crop_scale=(low, high))

@@ -1,0 +1,29 @@
+"""Records, their order, their pictures and their batches."""
+
+from .captions import clean_caption, clean_question
+from .loading import Batch, RecordDataset, Sample, collate, evaluation_loader, training_loader
+from .order import Draw, GlobalBatches, Order
+from .records import BrokenRecord, Record, Records, read_records
+from .transforms import ImageTransform, load_features, load_image, to_rgb
+
+__all__ = [
+    "Batch",
+    "BrokenRecord",
+    "Draw",
+    "GlobalBatches",
+    "ImageTransform",
+    "Order",
+    "Record",
+    "RecordDataset",
+    "Records",
+    "Sample",
+    "clean_caption",
+    "clean_question",
+    "collate",
+    "evaluation_loader",
+    "load_features",
+    "load_image",
+    "read_records",
+    "to_rgb",
+    "training_loader",
+]

@@ -1,0 +1,261 @@
+"""From records to batches: what is drawn, what replaces a broken record, and how samples become tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .captions import clean_caption, clean_question
+from .order import Draw, GlobalBatches
+from .records import BrokenRecord, Record, Records
+from .transforms import ImageTransform, load_features, load_image
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 20
+CLEANERS = {"caption": clean_caption, "question": clean_question}
+# Streams of random numbers that must not meet: (seed, stream, epoch, position, ...)
+AUGMENTATION, REPLACEMENT = 1, 2
+
+
+class Sample(NamedTuple):
+    """One record ready for a batch; `dropped` holds the reason of every broken record met on the way to it.
+
+    `image` is float[3, S, S], features are float[N, Dv]; None marks a broken record of an evaluation.
+    """
+
+    image: Tensor | None
+    text: str
+    image_id: str
+    answers: tuple[str, ...] = ()
+    question: str | None = None
+    question_id: str | None = None
+    question_type: str | None = None
+    captions: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+class RecordDataset(Dataset[Sample]):
+    """Records as samples: for training indexed by `Draw`, for evaluation (`in_order`) by plain int.
+
+    In training, the crop, the flip and the caption drawn are a function of (seed, epoch, position) only. A broken
+    record is replaced by another whose index is a function of (seed, epoch, position, attempt), so a rank always gets
+    as many samples as it asked for, and resuming is exact. In evaluation nothing is random: the first caption is the
+    text, and a broken record is a sample without image. Each broken record is logged once a process.
+
+    Args:
+        transform: None where the records name precomputed features.
+        augment: random crop and flip; pictures in training only.
+        text: what becomes `Sample.text`, "caption" or "question"; a question needs answers in training.
+        clean: write the text as BLIP-2 does, see `clean_caption` and `clean_question`.
+
+    Raises:
+        ValueError: an unknown text, a negative seed.
+        RuntimeError: on access in training, if 20 attempts in a row met broken records.
+    """
+
+    def __init__(
+        self,
+        records: Records | Sequence[Record],
+        transform: ImageTransform | None,
+        seed: int,
+        augment: bool,
+        text: str,
+        clean: bool,
+        in_order: bool = False,
+    ):
+        if text not in CLEANERS:
+            raise ValueError(f"text={text!r}: expected one of {', '.join(CLEANERS)}")
+        if seed < 0:
+            raise ValueError(f"seed={seed}: expected 0 or more")
+        assert not (in_order and augment), "an evaluation is not augmented"
+        self.records = records
+        self.transform = transform
+        self.seed = seed
+        self.augment = augment
+        self.text = text
+        self.clean = clean
+        self.in_order = in_order
+        self._warned: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Draw | int) -> Sample:
+        if isinstance(index, Draw):
+            assert not self.in_order, "a dataset in order is indexed by int"
+            return self._draw(index)
+        assert self.in_order, "a training dataset is indexed by Draw"
+        record = self.records[index]
+        try:
+            return self._sample(record, None)
+        except BrokenRecord as broken:
+            self._warn(broken)
+            return _describe(record, None, "", dropped=(str(broken),))
+
+    def _draw(self, draw: Draw) -> Sample:
+        dropped: list[str] = []
+        index = draw.index
+        while len(dropped) < MAX_ATTEMPTS:
+            rng = np.random.default_rng([self.seed, AUGMENTATION, draw.epoch, draw.position])
+            try:
+                return self._sample(self.records[index], rng)._replace(dropped=tuple(dropped))
+            except BrokenRecord as broken:
+                self._warn(broken)
+                dropped.append(str(broken))
+            entropy = [self.seed, REPLACEMENT, draw.epoch, draw.position, len(dropped)]
+            index = int(np.random.default_rng(entropy).integers(len(self.records)))
+        raise RuntimeError(f"{MAX_ATTEMPTS} records in a row are broken, the last: {dropped[-1]}; check the data")
+
+    def _sample(self, record: Record, rng: np.random.Generator | None) -> Sample:
+        text = self._choose_text(record, rng)
+        if self.transform is not None:
+            image = self.transform.apply(load_image(record), rng if self.augment else None)
+        elif record.image_bytes is None:
+            image = load_features(record.image)
+        else:
+            raise BrokenRecord(record.image, "the record holds bytes; expected the path of a feature file")
+        return _describe(record, image, text)
+
+    def _choose_text(self, record: Record, rng: np.random.Generator | None) -> str:
+        choices = record.captions if self.text == "caption" else (record.question or "",)
+        if rng is not None and self.text == "question" and not record.answers:
+            raise BrokenRecord(record.image, "the record has no answers")
+        text = choices[0 if rng is None else int(rng.integers(len(choices)))] if choices else ""
+        text = CLEANERS[self.text](text) if self.clean else text
+        if not text.strip():
+            raise BrokenRecord(record.image, f"the record has no {self.text}, or an empty one")
+        return text
+
+    def _warn(self, broken: BrokenRecord) -> None:
+        if broken.image not in self._warned:
+            self._warned.add(broken.image)
+            logger.warning("broken record %s", broken)
+
+
+def _describe(record: Record, image: Tensor | None, text: str, dropped: tuple[str, ...] = ()) -> Sample:
+    return Sample(
+        image=image,
+        text=text,
+        image_id=record.image_id,
+        answers=record.answers,
+        question=record.question,
+        question_id=record.question_id,
+        question_type=record.question_type,
+        captions=record.captions,
+        dropped=dropped,
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side; `len(batch)` may be 0 in an evaluation, where broken records are only in `dropped`.
+
+    Args:
+        images: float[B, 3, S, S] for pictures, float[B, N, Dv] padded with zeros for features.
+        image_mask: bool[B, N], True at features; None for pictures.
+        dropped: one reason for each broken record met.
+    """
+
+    images: Tensor
+    image_mask: Tensor | None
+    texts: list[str]
+    image_ids: list[str]
+    answers: list[tuple[str, ...]]
+    questions: list[str | None]
+    question_ids: list[str | None]
+    question_types: list[str | None]
+    captions: list[tuple[str, ...]]
+    dropped: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch with its tensors on `device`."""
+        mask = None if self.image_mask is None else self.image_mask.to(device, non_blocking=non_blocking)
+        return replace(self, images=self.images.to(device, non_blocking=non_blocking), image_mask=mask)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch with its tensors in page-locked memory; the DataLoader calls it."""
+        mask = None if self.image_mask is None else self.image_mask.pin_memory()
+        return replace(self, images=self.images.pin_memory(), image_mask=mask)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack pictures or pad features; samples without an image leave only their reasons.
+
+    Raises:
+        ValueError: features of different widths.
+    """
+    kept = [sample for sample in samples if sample.image is not None]
+    images, mask = _stack([sample.image for sample in kept if sample.image is not None])
+    return Batch(
+        images=images,
+        image_mask=mask,
+        texts=[sample.text for sample in kept],
+        image_ids=[sample.image_id for sample in kept],
+        answers=[sample.answers for sample in kept],
+        questions=[sample.question for sample in kept],
+        question_ids=[sample.question_id for sample in kept],
+        question_types=[sample.question_type for sample in kept],
+        captions=[sample.captions for sample in kept],
+        dropped=[reason for sample in samples for reason in sample.dropped],
+    )
+
+
+def _stack(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    if not images:
+        return torch.empty(0), None
+    if images[0].ndim == 3:
+        return torch.stack(images), None
+    widths = sorted({image.shape[1] for image in images})
+    if len(widths) > 1:
+        raise ValueError(f"features of widths {widths} in one batch; expected one width Dv, from one encoder")
+    lengths = torch.tensor([len(image) for image in images])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return torch.nn.utils.rnn.pad_sequence(images, batch_first=True), mask
+
+
+def training_loader(dataset: RecordDataset, batches: GlobalBatches, workers: int) -> DataLoader[Sample]:
+    """Return the endless loader of one rank's micro-batches (`Batch`), from `batches.first_step` on.
+
+    To resume, build it anew with another `first_step`; it neither reads nor moves torch's global random state.
+    """
+    assert not dataset.in_order
+    return _loader(dataset, workers, batch_sampler=batches)
+
+
+def evaluation_loader(
+    dataset: RecordDataset, batch_size: int, workers: int, rank: int = 0, world_size: int = 1, limit: int | None = None
+) -> DataLoader[Sample]:
+    """Return the loader of records rank, rank + W, ... of the first `limit`; ranks may differ by one batch."""
+    assert dataset.in_order
+    assert 0 <= rank < world_size, (rank, world_size)
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    return _loader(dataset, workers, sampler=range(rank, count, world_size), batch_size=batch_size)
+
+
+def _loader(dataset: RecordDataset, workers: int, **batching) -> DataLoader[Sample]:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers > 0 else None,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # otherwise each iterator draws its seed from the global one
+        **batching,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

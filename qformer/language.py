@@ -1,0 +1,448 @@
+"""Frozen language models: text loss with gradient to a visual prompt, and generation from one.
+
+Source: BLIP-2 (arXiv 2301.12597), section 3.3; LAVIS blip2_opt.py and blip2_t5.py. B batch, Q queries, T text tokens,
+L positions of a joined row, Dl width of the language model, V vocabulary.
+"""
+
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple, cast, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qformer.text import IGNORE_INDEX, encode, mask_context, pad_rows, probe_tokenizer, split_prompt
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LanguageLoss(NamedTuple):
+    """Cross-entropy of the target tokens and how many there are; the caller normalises over ranks and micro-batches."""
+
+    total: Tensor
+    """float32[]: summed over all target tokens (float32[B], per row, with reduction "none")."""
+    tokens: Tensor
+    """int64[]: target tokens counted (int64[B] with reduction "none")."""
+
+
+class FrozenLanguageModel(nn.Module, ABC):
+    """A language model that never learns; gradient flows through it to the visual prompt.
+
+    Always in eval mode and without trainable parameters, whatever `train()` is called with. Takes the model over: it is
+    frozen in place and its generation config is reduced to token ids, so that only arguments of `generate` decide.
+
+    Args:
+        name: hub id or folder, for messages.
+
+    Attributes: `width` (Dl), `vocab_size`, `tokenizer`, `facts` (what the tokenizer does), `is_encoder_decoder`.
+    Raises: ValueError if the model is of the other kind, or the tokenizer does not fit it (see `probe_tokenizer`).
+    """
+
+    is_encoder_decoder: bool
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        super().__init__()
+        if model.config.is_encoder_decoder != self.is_encoder_decoder:
+            raise ValueError(
+                f"llm.id={name!r}: config.is_encoder_decoder={model.config.is_encoder_decoder}; {type(self).__name__} "
+                f"expects {self.is_encoder_decoder}. Use the other class, or load_language_model, which chooses"
+            )
+        self.name, self.tokenizer, self.facts = name, tokenizer, probe_tokenizer(tokenizer, name)
+        self.vocab_size, self.width = cast(nn.Embedding, model.get_input_embeddings()).weight.shape
+        self._forward_arguments = frozenset(inspect.signature(model.forward).parameters)
+        self._stop_ids = [i for i in (tokenizer.eos_token_id, self.facts.line_end_id) if i is not None]
+        for what, token_id in (("pad", self.facts.pad_id), *(("end", i) for i in self._stop_ids)):
+            if token_id >= self.vocab_size:
+                raise ValueError(
+                    f"llm.id={name!r}: the tokenizer's {what} token has id {token_id}, the model embeds ids below "
+                    f"{self.vocab_size}; set that token to one of the model's vocabulary (a pad can be the EOS token) "
+                    "and save the tokenizer in the model's folder"
+                )
+        if not self._stop_ids:
+            raise ValueError(
+                f"llm.id={name!r}: its tokenizer has neither an EOS token nor one token for a line end; expected one, "
+                "or no text would ever end. Set tokenizer.eos_token, save it in the model's folder, and set llm.id to "
+                "that folder"
+            )
+        self._special_ids: dict[str, Any] = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": self._stop_ids,
+            "pad_token_id": self.facts.pad_id,
+            "decoder_start_token_id": model.generation_config.decoder_start_token_id,
+        }
+        # A checkpoint's own sampling or penalty settings would fill in whatever `generate` leaves open: keep only ids.
+        model.generation_config = GenerationConfig(**self._special_ids)
+        self.model = model.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenLanguageModel":
+        """Stay in eval mode: a frozen model has no dropout."""
+        super().train(False)
+        return self
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.model.get_input_embeddings())
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Input embeddings: int64[B, T] -> float[B, T, Dl]."""
+        return self._embedding(input_ids)
+
+    def loss(
+        self,
+        visual_prompt: Tensor | None,
+        prompts: list[str],
+        targets: list[str],
+        *,
+        prompt_mask: Tensor | None = None,
+        max_target_tokens: int = 32,
+        reduction: str = "sum",
+    ) -> LanguageLoss:
+        """Cross-entropy of each target after its visual prompt and text prompt; not smoothed.
+
+        Args:
+            visual_prompt: float[B, Q, Dl], or None for text only.
+            prompts: B texts that the loss does not cover; "" for none.
+            targets: B texts to predict; a line end (decoder-only) or EOS (encoder-decoder) is appended.
+            prompt_mask: bool[B, Q], False on queries that are padding; at least one True per row.
+            max_target_tokens: longer targets are cut; what begins or ends a text counts, as in the reference.
+            reduction: "sum" over all tokens, "mean" over all tokens, or "none": one sum per row.
+
+        Raises: ValueError for another `reduction`.
+        """
+        if reduction not in ("sum", "mean", "none"):
+            raise ValueError(f"reduction={reduction!r}: expected 'sum', 'mean' or 'none'")
+        assert len(prompts) == len(targets)
+        assert max_target_tokens >= 1
+        _check_visual_prompt(visual_prompt, prompt_mask, len(prompts), self.width)
+        rows = [self._row(*pair, max_target_tokens) for pair in zip(prompts, targets, strict=True)]
+        logits, labels = self._logits_and_labels(visual_prompt, prompt_mask, rows)
+        labels = labels.to(logits.device)
+        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        totals, tokens = losses.sum(1), (labels != IGNORE_INDEX).sum(1)
+        if reduction == "none":
+            return LanguageLoss(totals, tokens)
+        return LanguageLoss(totals.sum() / tokens.sum() if reduction == "mean" else totals.sum(), tokens.sum())
+
+    def count_target_tokens(
+        self,
+        prompts: list[str],
+        targets: list[str],
+        *,
+        max_target_tokens: int = 32,
+        with_visual_prompt: bool = True,
+    ) -> int:
+        """How many tokens `loss` will count, without running the model.
+
+        Args:
+            with_visual_prompt: False if `loss` will get None: the first token of a row is then predicted from nothing.
+        """
+        rows = [self._row(*pair, max_target_tokens) for pair in zip(prompts, targets, strict=True)]
+        unpredicted = not (with_visual_prompt or self.is_encoder_decoder)
+        return sum(len(target) - (unpredicted and not context) for context, target in rows)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        visual_prompt: Tensor | None,
+        prompts: list[str],
+        *,
+        prompt_mask: Tensor | None = None,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        num_beams: int = 5,
+        length_penalty: float = 1.0,
+        do_sample: bool = False,
+        top_p: float = 0.9,
+        temperature: float = 1.0,
+        num_return: int = 1,
+    ) -> list[str]:
+        """Continue each prompt up to EOS, a line end or `max_new_tokens`; a batch gives what each row alone gives.
+
+        Args:
+            visual_prompt: float[B, Q, Dl], or None for text only.
+            prompts: B texts; "" for none.
+            prompt_mask: bool[B, Q], False on queries that are padding; at least one True per row.
+            length_penalty: beam scores are divided by length ** length_penalty.
+            do_sample: draw from the top_p nucleus at `temperature`; num_beams=1 is plain nucleus sampling.
+            num_return: texts per row, best first.
+
+        Returns: B * num_return texts without their prompts, the texts of a row next to each other.
+        Raises: ValueError for a search that cannot give `num_return` texts, or a row with nothing to start from.
+        """
+        _check_visual_prompt(visual_prompt, prompt_mask, len(prompts), self.width)
+        if not do_sample and num_return > num_beams:
+            raise ValueError(
+                f"num_return={num_return} with num_beams={num_beams}: a search keeps one text per beam; "
+                f"set num_beams to at least {num_return}, or do_sample=True"
+            )
+        settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+        settings |= {"length_penalty": length_penalty, "early_stopping": False} if num_beams > 1 else {}
+        embeds, mask = self._start(visual_prompt, prompt_mask, prompts)
+        new_ids = cast(Any, self.model).generate(
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens or None,
+                num_beams=num_beams,
+                do_sample=do_sample,
+                num_return_sequences=num_return,
+                **self._special_ids,
+                **settings,
+            ),
+        )
+        if self.is_encoder_decoder:
+            new_ids = new_ids[:, 1:]  # the decoder's start token
+        assert new_ids.shape[1] <= max_new_tokens
+        return [self._text(row) for row in new_ids.tolist()]
+
+    def _text(self, new_ids: list[int]) -> str:
+        end = next((i for i, token_id in enumerate(new_ids) if token_id in self._stop_ids), len(new_ids))
+        text = cast(str, self.tokenizer.decode(new_ids[:end], skip_special_tokens=True))
+        return text.split("\n")[0].strip()
+
+    def _join(
+        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, ids: list[list[int]], *, left: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Rows [visual prompt][text] as float[B, L, Dl] and their mask bool[B, L].
+
+        Padding follows the text, or with `left` stands between visual prompt and text:
+
+            left=False  [v v a b]     left=True  [v v a b]
+                        [v v a .]                [v v . a]
+        """
+        device = self._embedding.weight.device
+        text_ids, mask = (rows.to(device) for rows in pad_rows(ids, self.facts.pad_id, left=left))
+        embeds = self.embed(text_ids)
+        if visual_prompt is None:
+            if not all(ids):
+                raise ValueError(
+                    f"prompts[{ids.index([])}]='' without a visual prompt: llm.id={self.name!r} adds no token "
+                    "of its own to start from; expected a text prompt"
+                )
+            return embeds, mask
+        visual_mask = mask.new_ones(visual_prompt.shape[:2]) if prompt_mask is None else prompt_mask.to(device)
+        embeds = torch.cat([visual_prompt.to(embeds), embeds], 1)
+        return embeds, torch.cat([visual_mask, mask], 1)
+
+    @abstractmethod
+    def _row(self, prompt: str, target: str, max_target_tokens: int) -> tuple[list[int], list[int]]:
+        """Ids that are given, and ids that are predicted."""
+
+    @abstractmethod
+    def _logits_and_labels(
+        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, rows: list[tuple[list[int], list[int]]]
+    ) -> tuple[Tensor, Tensor]:
+        """float[B, T, V] and the int64[B, T] they should predict, for the positions some row has a target at."""
+
+    @abstractmethod
+    def _start(
+        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, prompts: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """float[B, L, Dl] and bool[B, L] to generate from."""
+
+
+@final
+class DecoderOnly(FrozenLanguageModel):
+    """One row holds everything: [visual prompt][BOS text prompt target line-end].
+
+    Without a text prompt BOS is itself a target, predicted from the last query, as in the reference. Without a line-end
+    token EOS ends the target.
+    """
+
+    is_encoder_decoder = False
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        super().__init__(model, tokenizer, name)
+        line_end_id = self.facts.line_end_id
+        if line_end_id is None:
+            logger.warning("llm.id=%r: no single token ends a line; targets end with EOS instead", name)
+        self._end_id = self._stop_ids[0] if line_end_id is None else line_end_id
+
+    def _row(self, prompt: str, target: str, max_target_tokens: int) -> tuple[list[int], list[int]]:
+        context, target_ids = split_prompt(self.tokenizer, prompt, target)
+        if context:
+            context = self.facts.bos_ids + context
+        else:
+            target_ids = self.facts.bos_ids + target_ids
+        return context, [*target_ids, self._end_id][:max_target_tokens]
+
+    def _logits_and_labels(
+        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, rows: list[tuple[list[int], list[int]]]
+    ) -> tuple[Tensor, Tensor]:
+        embeds, mask = self._join(visual_prompt, prompt_mask, [context + target for context, target in rows])
+        if prompt_mask is not None:
+            # Padded queries move to the end: the last real query is what the first text token is predicted from.
+            embeds, mask = _reorder(embeds, mask, _padding_last(mask))
+            lengths = prompt_mask.sum(1).tolist()
+        else:
+            lengths = [0 if visual_prompt is None else visual_prompt.shape[1]] * len(rows)
+        label_rows = [[IGNORE_INDEX] * n + mask_context(*row) for n, row in zip(lengths, rows, strict=True)]
+        next_labels = pad_rows(label_rows, IGNORE_INDEX, width=embeds.shape[1])[0][:, 1:]
+        positions = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask.long(), "use_cache": False}
+        if "position_ids" in self._forward_arguments:
+            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        if "logits_to_keep" in self._forward_arguments:
+            logits = self.model(**inputs, logits_to_keep=positions.to(embeds.device)).logits
+        else:
+            logits = self.model(**inputs).logits
+            logits = logits[:, positions.to(logits.device)]
+        return logits, next_labels[:, positions]
+
+    def _start(
+        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, prompts: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        rows = [self.facts.bos_ids + encode(self.tokenizer, prompt) for prompt in prompts]
+        embeds, mask = self._join(visual_prompt, prompt_mask, rows, left=True)
+        # The next token is read off the last position. Where no text stands there (no BOS, no prompt), the row's
+        # padding goes to the front instead.
+        as_is = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        return _reorder(embeds, mask, torch.where(mask[:, -1:], as_is, mask.int().argsort(dim=1, stable=True)))
+
+
+@final
+class EncoderDecoder(FrozenLanguageModel):
+    """The encoder reads [visual prompt][text prompt], the decoder writes the target with EOS."""
+
+    is_encoder_decoder = True
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        super().__init__(model, tokenizer, name)
+        start_id = self._special_ids["decoder_start_token_id"]
+        if start_id is None:
+            raise ValueError(
+                f"llm.id={name!r}: decoder_start_token_id=None; expected the id its decoder starts from (T5: the pad "
+                "id, 0). Set it in the model's generation_config.json"
+            )
+        self._start_id: int = start_id
+        end_id = tokenizer.eos_token_id if self.facts.eos_id is None else self.facts.eos_id
+        self._end_id = self._stop_ids[0] if end_id is None else end_id
+
+    def _row(self, prompt: str, target: str, max_target_tokens: int) -> tuple[list[int], list[int]]:
+        target_ids = self.facts.bos_ids + encode(self.tokenizer, target)
+        return self._framed(prompt), [*target_ids[: max_target_tokens - 1], self._end_id]  # EOS survives the cut
+
+    def _framed(self, prompt: str) -> list[int]:
+        end = [] if self.facts.eos_id is None else [self.facts.eos_id]
+        return self.facts.bos_ids + encode(self.tokenizer, prompt) + end
+
+    def _logits_and_labels(
+        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, rows: list[tuple[list[int], list[int]]]
+    ) -> tuple[Tensor, Tensor]:
+        embeds, mask = self._encoder_inputs(visual_prompt, prompt_mask, [context for context, _ in rows])
+        targets = [target for _, target in rows]
+        labels, _ = pad_rows(targets, IGNORE_INDEX)
+        decoder_ids, _ = pad_rows([[self._start_id, *target[:-1]] for target in targets], self.facts.pad_id)
+        logits = self.model(
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            decoder_input_ids=decoder_ids.to(embeds.device),
+            use_cache=False,
+        ).logits
+        return logits, labels
+
+    def _start(
+        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, prompts: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        return self._encoder_inputs(visual_prompt, prompt_mask, [self._framed(prompt) for prompt in prompts])
+
+    def _encoder_inputs(
+        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, ids: list[list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        embeds, mask = self._join(visual_prompt, prompt_mask, ids)
+        # Relative positions are index distances: padding between queries and text would shift them.
+        return (embeds, mask) if prompt_mask is None else _reorder(embeds, mask, _padding_last(mask))
+
+
+def load_language_model(
+    id: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    device_map: Any = None,
+    random_weights: bool = False,
+) -> FrozenLanguageModel:
+    """Load a causal or sequence-to-sequence language model of transformers; its config says which.
+
+    Args:
+        id: hub id or folder, with its tokenizer.
+        dtype: of the frozen weights: "float32", "bfloat16" or "float16".
+        device_map: passed on to transformers.
+        random_weights: build the architecture from its config with weights drawn from seed 0.
+
+    Raises:
+        ValueError: unknown `dtype`, model or tokenizer not found, not a language model, `device_map` with
+            `random_weights`, or a tokenizer that does not fit (see `probe_tokenizer`).
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"llm.dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    if random_weights and device_map is not None:
+        raise ValueError(
+            f"llm.random_weights=true with device_map={device_map!r}: expected None; move the model instead"
+        )
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(id, **source)
+        tokenizer = AutoTokenizer.from_pretrained(id, **source)
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        if random_weights:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = auto_class.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+        else:
+            model = auto_class.from_pretrained(id, dtype=DTYPES[dtype], device_map=device_map, **source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"llm.id={id!r}: {_why(id)} (transformers says: {_first_line(error)})") from error
+    return (EncoderDecoder if config.is_encoder_decoder else DecoderOnly)(model, tokenizer, id)
+
+
+def _why(id: str) -> str:
+    if Path(id).is_dir():
+        return (
+            "the folder holds no language model that transformers can load; expected config.json, tokenizer and "
+            "weights of a causal or sequence-to-sequence model, set llm.random_weights=true to go without "
+            "weights, or llm.trust_remote_code=true if it brings its own code"
+        )
+    return (
+        "neither a folder here nor a language model that can be fetched or is in the cache; check the spelling and "
+        "llm.revision, download it while online and set llm.id to its folder, or set llm.trust_remote_code=true if it "
+        "brings its own code"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _check_visual_prompt(visual_prompt: Tensor | None, prompt_mask: Tensor | None, rows: int, width: int) -> None:
+    assert visual_prompt is None or (visual_prompt.shape[0], visual_prompt.shape[2]) == (rows, width)
+    if prompt_mask is not None:
+        assert visual_prompt is not None
+        assert prompt_mask.shape == visual_prompt.shape[:2]
+        assert bool(prompt_mask.any(1).all()), "every row needs a query that is not padding"
+
+
+def _padding_last(mask: Tensor) -> Tensor:
+    """Positions int64[B, L] in the order that puts the True ones of bool[B, L] first, otherwise as they were."""
+    return mask.int().argsort(dim=1, descending=True, stable=True)
+
+
+def _reorder(embeds: Tensor, mask: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    return embeds.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)

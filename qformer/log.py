@@ -1,0 +1,225 @@
+"""What a run tells while it trains: `metrics.jsonl`, a progress line, and a word when a loss does not learn."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Mapping
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+# The fields that differ between two otherwise equal runs: everything else in a line is reproducible.
+TIMING_FIELDS = ("samples_per_s", "seconds", "eta", "data_wait")
+# A running mean this close to chance, relative to it, counts as "at chance".
+CHANCE_BAND = 0.02
+
+Value = float | int | str | bool | None
+
+
+class RunLog:
+    """Appends one JSON object per log event to `folder/metrics.jsonl`; silent on all ranks but the main one.
+
+    A run that was interrupted and resumed leaves the lines of an uninterrupted one, `TIMING_FIELDS` aside: on resume,
+    lines past the checkpoint are cut away first, and so is a last line that a kill left half written. A fresh start in
+    a folder with metrics of an earlier run moves those to `metrics.1.jsonl` (or the next free number).
+
+    Args:
+        folder: the run's folder, made if missing.
+        is_main: whether this is the rank that writes.
+        resume_step: the checkpoint's step, its own lines are kept; None for a fresh start.
+
+    Raises:
+        ValueError: on resume, a line of the existing file other than the last is not JSON with a step.
+    """
+
+    def __init__(self, folder: Path, *, is_main: bool, resume_step: int | None):
+        self.is_main = is_main
+        self._file = None
+        if not is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        if resume_step is not None:
+            _cut_after(path, resume_step)
+        elif path.exists():
+            aside = next(p for i in count(1) if not (p := folder / f"metrics.{i}.jsonl").exists())
+            os.replace(path, aside)
+            logger.warning("%s held the metrics of an earlier run; moved to %s", path, aside.name)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
+        """Write one line: the step and `values`, floats at 6 significant digits, NaN and infinities as strings."""
+        assert "step" not in values, "the step is given once, as the first argument"
+        if self._file is None:
+            return
+        line = json.dumps({"step": step} | {name: _plain(value) for name, value in values.items()}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def progress(self, total_steps: int, first_step: int, every_steps: int = 50) -> "StepProgress":
+        """A progress display from `first_step` to `total_steps`, for use in a `with`; silent off the main rank."""
+        return StepProgress(total_steps, first_step, every_steps=every_steps, enabled=self.is_main)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class StepProgress:
+    """Time left and losses on stderr: a bar on a terminal, else one plain line every `every_steps` steps."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int,
+        *,
+        every_steps: int = 50,
+        enabled: bool = True,
+        console: Console | None = None,
+    ):
+        assert 0 <= first_step <= total_steps
+        assert every_steps >= 1
+        self.total_steps, self.first_step = total_steps, first_step
+        self.every_steps, self.enabled = every_steps, enabled
+        self._console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._start = time.monotonic()
+        self._text = ""
+
+    def update(self, step: int, text: str | None = None) -> None:
+        """Show that `step` updates are done; `text` (see `describe_losses`) stays until replaced."""
+        if text is not None:
+            self._text = text
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, losses=self._text)
+        elif step % self.every_steps == 0 or step == self.total_steps:
+            self._print_line(step)
+
+    def __enter__(self) -> "StepProgress":
+        self._start = time.monotonic()
+        if self.enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[losses]}", markup=False),
+                console=self._console,
+                speed_estimate_period=600,  # steps of a large model take longer than rich's 30 s window
+            )
+            self._bar.add_task("", total=self.total_steps, completed=self.first_step, losses="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print_line(self, step: int) -> None:
+        done = step - self.first_step
+        left = "?"
+        if done > 0:
+            left_s = (time.monotonic() - self._start) / done * (self.total_steps - step)
+            left = str(timedelta(seconds=round(left_s)))
+        line = f"step {step}/{self.total_steps} ({100 * step // max(1, self.total_steps)} %), {left} left"
+        line = f"{line}: {self._text}" if self._text else line
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class ChanceWatch:
+    """Says in plain words, once per loss, that a loss still sits at its chance level after warm-up.
+
+    Sits: its mean over the last `patience_steps` steps, counted from `after_step`, is within 2 % of chance. Starts
+    afresh on resume, so a warning can come again.
+
+    Args:
+        chance: the value of each watched loss for a model that has learnt nothing, in nats.
+        patience_steps: the length of the running mean.
+        after_step: values up to this step (the warm-up) are not looked at.
+    """
+
+    def __init__(self, chance: Mapping[str, float], patience_steps: int, after_step: int):
+        assert patience_steps >= 1
+        self.chance, self.patience_steps, self.after_step = dict(chance), patience_steps, after_step
+        self._recent: dict[str, deque[tuple[int, float]]] = {name: deque() for name in chance}
+
+    def update(self, step: int, losses: Mapping[str, float]) -> list[str]:
+        """Take the losses of a step (steps may be left out) and return new warnings; unwatched losses are ignored."""
+        warnings: list[str] = []
+        for name, recent in list(self._recent.items()):
+            if step <= self.after_step or name not in losses:
+                continue
+            recent.append((step, losses[name]))
+            window_full = False
+            while recent[0][0] <= step - self.patience_steps:
+                recent.popleft()
+                window_full = True
+            mean, chance = sum(loss for _, loss in recent) / len(recent), self.chance[name]
+            if window_full and abs(mean - chance) <= CHANCE_BAND * abs(chance):
+                del self._recent[name]
+                warnings.append(
+                    f"{name} has sat at its chance level for {self.patience_steps} steps (mean {mean:.3g}, chance "
+                    f"{chance:.3g}), so it is not learning: check that texts belong to their pictures, that the "
+                    "learning rate is not far too high or low, and that features differ between pictures"
+                )
+        return warnings
+
+
+def describe_losses(metrics: Mapping[str, float], chance: Mapping[str, float]) -> str:
+    """Format losses at three digits, beside chance where it is known: "itc 2.31 (chance 4.16), itg 3.05"."""
+    return ", ".join(
+        f"{name} {value:.3g}" + (f" (chance {chance[name]:.3g})" if name in chance else "")
+        for name, value in metrics.items()
+    )
+
+
+def _plain(value: Value) -> Value:
+    assert value is None or isinstance(value, float | int | str), f"{type(value).__name__} is not a plain value"
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else str(float(value))
+
+
+def _cut_after(path: Path, step: int) -> None:
+    if not path.exists():
+        logger.warning("%s is missing: the resumed run's metrics begin after step %d", path, step)
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            line_step = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(lines):
+                logger.warning("%s: dropped the last line, cut short when the run was stopped", path)
+                break
+            raise ValueError(f"{path}, line {number}: expected a JSON object with a step; delete the line") from error
+        if line_step <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,67 @@
+"""Image-text retrieval: how often the right partner is among the k most similar."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RetrievalScore:
+    """Recall at each k, in percent, in both directions (the papers' TR@k and IR@k)."""
+
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+    n_images: int
+    n_texts: int
+
+
+def recall_at_k(similarity: Tensor, text_image: Tensor, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScore:
+    """Recall@k of pictures by caption and of captions by picture.
+
+    A picture counts as found if any of its captions is in its top k. Ties count against us: every wrong candidate as
+    similar as the right one is ranked before it, so a constant similarity does not score.
+
+    Args:
+        similarity: float[I, T], higher is more alike; -inf marks pairs that were never compared.
+        text_image: int[T], the picture each caption belongs to.
+        ks: list sizes, 1 or more.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+        ValueError: `text_image` points outside the pictures, or a picture has no caption.
+        ValueError: `similarity` holds NaN.
+        ValueError: a k is below 1.
+    """
+    if similarity.ndim != 2 or text_image.shape != similarity.shape[1:] or similarity.numel() == 0:
+        raise ValueError(
+            f"similarity {list(similarity.shape)} and text_image {list(text_image.shape)}: expected [I, T] and [T], "
+            "both non-empty; rows are pictures, columns are captions"
+        )
+    n_images, n_texts = similarity.shape
+    text_image = text_image.to(similarity.device, torch.long)
+    if text_image.min() < 0 or text_image.max() >= n_images:
+        raise ValueError(
+            f"text_image spans {int(text_image.min())}..{int(text_image.max())}: expected 0..{n_images - 1}, "
+            "the row of each caption's picture"
+        )
+    captions = torch.bincount(text_image, minlength=n_images)
+    if (captions == 0).any():
+        raise ValueError(f"picture {int((captions == 0).nonzero()[0])} has no caption: drop its row from similarity")
+    if similarity.isnan().any():  # NaN compares false with everything and would rank first
+        raise ValueError("similarity holds NaN: expected numbers or -inf; check the embeddings before scoring")
+    if min(ks) < 1:
+        raise ValueError(f"ks={list(ks)}: expected list sizes of 1 or more")
+
+    own = similarity.gather(0, text_image[None])[0]  # float[T]: each caption with its picture
+    best = own.new_full((n_images,), -torch.inf).scatter_reduce(0, text_image, own, "amax")  # float[I]
+    wrong = text_image != torch.arange(n_images, device=similarity.device)[:, None]  # bool[I, T]
+    # The rank of the right partner is the number of wrong candidates at least as similar.
+    image_rank = (wrong & (similarity >= best[:, None])).sum(1)
+    text_rank = (wrong & (similarity >= own)).sum(0)
+    return RetrievalScore(_recall(image_rank, ks), _recall(text_rank, ks), n_images, n_texts)
+
+
+def _recall(rank: Tensor, ks: Sequence[int]) -> dict[int, float]:
+    return {k: 100 * int((rank < k).sum()) / len(rank) for k in ks}

@@ -1,0 +1,345 @@
+"""Builds the frozen parts of the Shapes world from a seed: `python -m qformer.shapes.pretrain opt|t5|vit|tokenizers`.
+
+The language models are schooled on text only, the encoder contrastively on pictures with captions; none of them ever
+sees a picture with a question. What is written is in the formats of the libraries that load it: transformers folders
+for OPT and T5, an open_clip folder (`local-dir:`) for the ViT, a BERT vocabulary for the Q-Former's text side.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from qformer.shapes import grammar, world
+
+WEIGHTS = Path(__file__).parent / "weights"
+BOS, PAD, UNK, LINE_END = "</s>", "<pad>", "<unk>", "\n"
+WORD = re.compile(r"\n|</s>|<pad>|<unk>|\w+|[^\w\s]")
+Pieces = list[tuple[str, float]]  # text, weight of its tokens in the loss
+SEPARATORS = (" , ", " and ", " . ", " ")
+
+
+class Level(NamedTuple):
+    """How hard the texts are: binding a word to its item is learnt on the simplest of them first."""
+
+    forms: int
+    items: tuple[int, ...]
+    question_types: tuple[str, ...]
+    again: float  # share of texts that say the scene again
+    lookups: int  # short look-ups ("circle colour: red") in a text: many answers in few tokens
+
+
+LEVELS = (
+    Level(1, (2,), (), 0.0, 16),
+    Level(4, (2,), ("colour", "shape", "size", "place"), 0.2, 8),
+    Level(len(grammar.FORMS), (1, 2, 2, 3, 3), grammar.QUESTION_TYPES, 0.4, 5),
+)
+NEXT_LEVEL_AT = 0.95  # running share of right answers
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizers
+
+
+def lm_vocabulary() -> dict[str, int]:
+    """Word ids of both language models. OPT's own special ids: 1 pad, 2 begin and end; T5's 0 pad, 1 end follow the same list."""
+    return {word: i for i, word in enumerate(["<s>", PAD, BOS, UNK, LINE_END, *grammar.vocabulary()])}
+
+
+def build_tokenizers(folder: Path) -> None:
+    """Write the tokenizers: OPT's (begins with </s>), T5's (ends with </s>), BERT's (a word list)."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = lm_vocabulary()
+    for name, template in (("opt", f"{BOS} $A"), ("t5", f"$A {BOS}")):
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), "removed", invert=True)
+        tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(BOS, vocabulary[BOS])]
+        )
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token=BOS if name == "opt" else None,
+            eos_token=BOS,
+            pad_token=PAD,
+            unk_token=UNK,
+        ).save_pretrained(folder / name)
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *grammar.vocabulary()])}
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+    ).save_pretrained(folder / "bert")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- texts
+
+
+def draw_text_scene(rng: random.Random, level: Level) -> world.Scene:
+    return world.draw_split(rng, False, rng.choice(level.items))
+
+
+def context(scene: world.Scene, rng: random.Random, level: Level) -> str:
+    """What stands before: the scene described in any form of the level, rarely with an opening."""
+    if level is LEVELS[-1] and rng.random() < 0.5:
+        said = grammar.caption(scene, rng)
+    else:
+        said = grammar.describe(scene, rng, grammar.FORMS[: level.forms], SEPARATORS)
+    return rng.choice(("", "", "", "a photo of ", "this picture shows ", "caption: ")) + said
+
+
+def questions(scene: world.Scene, rng: random.Random, level: Level, count: int) -> list[grammar.QA]:
+    """Up to `count` questions with their answers, in the prompts of BLIP-2."""
+    asked = (
+        grammar.ask(scene, rng, rng.choice(level.question_types)) for _ in range(count if level.question_types else 0)
+    )
+    return [
+        (f"question: {q if rng.random() < 0.8 else q.rstrip('?')} {'short ' if rng.random() < 0.3 else ''}answer:", a)
+        for q, a in filter(None, asked)
+    ]
+
+
+def lookups(scene: world.Scene, rng: random.Random, count: int) -> list[grammar.QA]:
+    """Up to `count` look-ups of one attribute by another that only one item has."""
+    found = []
+    for _ in range(count):
+        item = rng.choice(scene)
+        key, wanted = rng.sample(("colour", "shape", "place", "size"), 2)
+        if key != "size" and sum(getattr(i, key) == getattr(item, key) for i in scene) == 1:
+            name = "where" if wanted == "place" else wanted
+            found.append((f"{getattr(item, key)} {name}:", getattr(item, wanted)))
+    return found
+
+
+def document(rng: random.Random, level: Level) -> Pieces:
+    """A text as pieces with the weight of their tokens in the loss: what was said, said again, and asked about."""
+    scene = draw_text_scene(rng, level)
+    pieces: Pieces = [] if rng.random() < 0.5 else [(BOS, 0.0)]
+    if rng.random() > 0.04:
+        pieces += [(context(scene, rng, level), 0.1), (rng.choice((BOS, BOS, LINE_END, "")), 0.0)]
+    if rng.random() < level.again:
+        pieces.append((rng.choice(("", "", "a photo of ", "caption: ")) + grammar.caption(scene, rng) + LINE_END, 0.3))
+    for asked, answer in lookups(scene, rng, level.lookups if rng.random() < 0.5 or not level.question_types else 0):
+        pieces += [(asked, 0.05), (answer, 1.0), (",", 0.0)]
+    for asked, answer in questions(scene, rng, level, rng.randint(2, 6)):
+        pieces += [(asked, 0.05), (answer, 1.0), (LINE_END, 0.2)]
+    return pieces
+
+
+def seq2seq_pair(rng: random.Random, level: Level) -> tuple[str, Pieces]:
+    """Encoder text and weighted decoder pieces: a question after a description, the rest of a paraphrase, or many questions."""
+    scene, kind = draw_text_scene(rng, level), rng.random()
+    before = context(scene, rng, level) if rng.random() > 0.04 else ""
+    if kind < 0.4 * level.again:
+        words = grammar.caption(scene, rng).split()
+        cut = rng.randint(0, len(words) // 2)
+        return f"{before} {' '.join(words[:cut])}", [(" ".join(words[cut:]), 0.3)]
+    if kind < 0.7 and (found := questions(scene, rng, level, 1)):
+        return f"{before} {found[0][0]}", [(found[0][1], 1.0)]
+    asked = [*lookups(scene, rng, 2 * level.lookups), *questions(scene, rng, level, 3)]
+    return before, [piece for q, a in asked for piece in ((q, 0.05), (a, 1.0))]
+
+
+def encode(pieces: Pieces, ids: dict[str, int]) -> tuple[list[int], list[float]]:
+    tokens = [(ids[w], weight) for text, weight in pieces for w in WORD.findall(text)]
+    return [t for t, _ in tokens], [w for _, w in tokens]
+
+
+def pad(rows: list[list], value) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------- language models
+
+
+def build_language_model(kind: str):
+    from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+
+    ids = lm_vocabulary()
+    size = math.ceil(len(ids) / 8) * 8
+    if kind == "opt":
+        model = OPTForCausalLM(
+            OPTConfig(
+                vocab_size=size, hidden_size=128, word_embed_proj_dim=128, ffn_dim=512, num_hidden_layers=4,
+                num_attention_heads=4, max_position_embeddings=320, init_std=0.08, dropout=0.0, attention_dropout=0.0, layerdrop=0.0,
+                pad_token_id=ids[PAD], bos_token_id=ids[BOS], eos_token_id=ids[BOS],
+            )
+        )  # fmt: skip
+        # Sinusoids to begin with: "the word before" is then one rotation for every position, and binding comes sooner.
+        positions = model.model.decoder.embed_positions.weight
+        angle = torch.arange(len(positions))[:, None] / 10000 ** (torch.arange(64) / 64)
+        positions.data = 0.1 * torch.cat([angle.sin(), angle.cos()], 1)
+        return model
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=size, d_model=128, d_kv=16, d_ff=384, num_layers=4, num_decoder_layers=2, num_heads=8,
+            dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=True, decoder_start_token_id=ids[PAD],
+            pad_token_id=ids[PAD], eos_token_id=ids[BOS],
+        )
+    )  # fmt: skip
+
+
+def language_batch(kind: str, rng: random.Random, ids: dict[str, int], size: int, level: Level):
+    """(inputs of the model, labels, weights of the labels)"""
+    if kind == "opt":
+        texts = [encode(document(rng, level), ids) for _ in range(size)]
+        input_ids = pad([t for t, _ in texts], ids[PAD])
+        inputs = {"input_ids": input_ids[:, :-1], "attention_mask": (input_ids != ids[PAD])[:, :-1].long()}
+        return inputs, input_ids[:, 1:], pad([w for _, w in texts], 0.0)[:, 1:]
+    pairs = [seq2seq_pair(rng, level) for _ in range(size)]
+    sources = pad([[ids[w] for w in WORD.findall(text)] + [ids[BOS]] for text, _ in pairs], ids[PAD])
+    targets = [encode([*pieces, (BOS, 0.5)], ids) for _, pieces in pairs]
+    labels = pad([t for t, _ in targets], ids[PAD])
+    start = torch.full((size, 1), ids[PAD])
+    inputs = {
+        "input_ids": sources,
+        "attention_mask": (sources != ids[PAD]).long(),
+        "decoder_input_ids": torch.cat([start, labels[:, :-1]], 1),
+    }
+    return inputs, labels, pad([w for _, w in targets], 0.0)
+
+
+@torch.no_grad()
+def told(model, kind: str, ids: dict[str, int], n: int = 560) -> dict[str, float]:
+    """Share of held-out questions whose answer is the model's first choice when told the caption, by type."""
+    rng, right = random.Random(99), dict.fromkeys(grammar.QUESTION_TYPES, 0.0)
+    for question_type in right:
+        while_pairs = []
+        while len(while_pairs) < n // len(right):
+            scene = world.draw_split(rng, True)
+            if qa := grammar.ask(scene, rng, question_type):
+                while_pairs.append((f"{grammar.caption(scene, rng)} question: {qa[0]} answer:", qa[1]))
+        for text, answer in while_pairs:
+            asked, wanted = ([ids[w] for w in WORD.findall(t)] for t in (text, answer))
+            if kind == "opt":
+                logits = model(torch.tensor([[ids[BOS], *asked, *wanted]])).logits[0, -len(wanted) - 1 : -1]
+            else:
+                decoder = torch.tensor([[ids[PAD], *wanted[:-1]]])
+                logits = model(input_ids=torch.tensor([[*asked, ids[BOS]]]), decoder_input_ids=decoder).logits[0]
+            right[question_type] += logits.argmax(-1).tolist() == wanted
+    return {t: round(100 * r / (n // len(right)), 1) for t, r in right.items()}
+
+
+def school_language_model(
+    kind: str, steps: int, folder: Path, seed: int = 0, batch: int = 64, lr: float = 1.5e-3
+) -> None:
+    """Train on text for `steps` and write the model as fp16 into `folder`."""
+    torch.manual_seed(seed)
+    rng, ids = random.Random(seed), lm_vocabulary()
+    model = build_language_model(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    start, level, right_share = time.time(), 0, 0.0
+    for step in range(1, steps + 1):
+        progress = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(step / 200, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        inputs, labels, weights = language_batch(kind, rng, ids, batch, LEVELS[level])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**inputs).logits
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        loss = (losses * weights.flatten()).sum() / weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        answers = weights == 1
+        right_share += 0.02 * ((logits.argmax(-1) == labels)[answers].float().mean().item() - right_share)
+        if step % 50 == 0:
+            print(f"{kind} step {step} {time.time() - start:.0f} s level {level} right {right_share:.3f}", flush=True)
+        if right_share > NEXT_LEVEL_AT and level < len(LEVELS) - 1:
+            level, right_share = level + 1, 0.0
+            print(f"{kind} step {step}: level {level}", flush=True)
+        if step % 250 == 0 and level:
+            right = told(model, kind, ids)
+            mean = sum(right.values()) / len(right)
+            print(
+                f"{kind} step {step} {time.time() - start:.0f} s level {level} right {right_share:.3f} told {mean:.1f} {right}",
+                flush=True,
+            )
+            model.save_pretrained(f"/tmp/lm_{kind}_{step}") if step % 1000 == 0 else None
+    model.half().save_pretrained(folder / kind)
+
+
+# ---------------------------------------------------------------------------------------------------- the encoder
+
+VIT = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 48, "vocab_size": 96, "width": 128, "heads": 4, "layers": 2},
+}
+PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "size": 64}
+
+
+def school_encoder(steps: int, folder: Path, seed: int = 0, batch: int = 128, lr: float = 1e-3) -> None:
+    """Train a CLIP on rendered pictures with captions for `steps` and write it as an open_clip folder (fp16)."""
+    from open_clip.loss import ClipLoss
+    from open_clip.model import CLIP
+    from safetensors.torch import save_file
+    from torchvision.transforms.functional import normalize, pil_to_tensor
+
+    torch.manual_seed(seed)
+    rng, ids = random.Random(seed), lm_vocabulary()
+    model, contrast = CLIP(**VIT), ClipLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    start = time.time()
+    end = len(ids)  # CLIP reads its text feature where the largest id stands
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(step / 100, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        scenes = [world.draw_split(rng, False) for _ in range(batch)]
+        pictures = torch.stack([pil_to_tensor(world.render(s, rng)).float() / 255 for s in scenes])
+        pictures = normalize(pictures, PREPROCESS["mean"], PREPROCESS["std"])
+        texts = [[ids[w] for w in WORD.findall(grammar.caption(s, rng))][:47] + [end] for s in scenes]
+        with torch.autocast("cpu", torch.bfloat16):
+            image, text, scale = model(pictures, F.pad(pad(texts, 0), (0, 48 - max(map(len, texts)))))
+        loss = contrast(image.float(), text.float(), scale)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        if step % 50 == 0:
+            right = ((image @ text.T).argmax(1) == torch.arange(batch)).float().mean()
+            print(
+                f"vit step {step} {time.time() - start:.0f} s loss {loss.item():.3f} accuracy {right:.2f}", flush=True
+            )
+    (folder / "vit").mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": VIT, "preprocess_cfg": PREPROCESS}
+    (folder / "vit" / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / "vit" / "open_clip_model.safetensors")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("tokenizers", "opt", "t5", "vit"))
+    parser.add_argument("--steps", type=int, default=5000, help="updates")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    args = parser.parse_args(argv)
+    if args.what == "tokenizers":
+        build_tokenizers(args.out)
+    elif args.what in ("opt", "t5"):
+        school_language_model(args.what, args.steps, args.out, args.seed)
+    else:
+        school_encoder(args.steps, args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Ask a frozen language model about a picture it sees through a trained Q-Former.
+
+python stages/ask.py runs/s2/adapter picture.jpg "what colour is the car?" "how many wheels?"
+python stages/ask.py runs/s2/adapter picture.jpg        # a conversation; an empty line ends it
+"""
+
+import argparse
+from pathlib import Path
+
+from qformer.inference import load
+from qformer.training import reported_errors
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", type=Path, help="adapter folder of stage 2")
+    parser.add_argument("picture", help="a picture (or a feature file, if the adapter was trained on features)")
+    parser.add_argument("question", nargs="*", help="questions; none = a conversation")
+    parser.add_argument("--sample", action="store_true", help="sample (nucleus 0.9) instead of beam search")
+    args = parser.parse_args(argv)
+    with reported_errors():
+        if not Path(args.picture).is_file():
+            raise ValueError(f"no picture {args.picture}")
+        model = load(args.adapter)
+        generation = {"do_sample": True, "num_beams": 1} if args.sample else {}
+        if args.question:
+            for answer in model.answer([args.picture], args.question, **generation):
+                print(answer)
+            return
+        print(model.caption([args.picture], **generation)[0])
+        conversation = ""
+        while question := _read_line():
+            answer = model.answer([args.picture], [question], [conversation], **generation)[0]
+            print(answer)
+            conversation = f"{conversation} {model.vqa_prompt.format(question)} {answer}\n".lstrip()
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

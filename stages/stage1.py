@@ -1,0 +1,25 @@
+"""Stage 1: teach a Q-Former which text belongs to which picture (ITC, ITM, ITG), with a frozen encoder.
+
+accelerate launch stages/stage1.py configs/stage1.yaml configs/encoder/eva_g.yaml configs/data/coco.yaml run.dir=runs/s1
+"""
+
+from qformer.build import build_dataset, build_stage1
+from qformer.config import Stage1Config, parse_arguments
+from qformer.training import configure_logging, fit, reported_errors, start_accelerator
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_arguments(Stage1Config, __doc__, argv)
+    with reported_errors():
+        accelerator = start_accelerator(config)
+        configure_logging(accelerator.is_main_process)
+
+        model = build_stage1(config)  # frozen encoder; trainable: feature norm, Q-Former, three heads
+        train = build_dataset(config.data, model.encoder, "train", config.train.seed)
+        validation = build_dataset(config.data, model.encoder, "validation", 0) if config.data.validation else None
+
+        fit(model, train, validation, config, accelerator)  # leaves run.dir/adapter
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Stage 2: teach the Q-Former to speak to a frozen language model, from captions alone.
+
+    accelerate launch stages/stage2.py configs/stage2.yaml configs/encoder/eva_g.yaml configs/llm/opt_2.7b.yaml \\
+        configs/data/coco.yaml stage2.init_from=runs/s1/adapter run.dir=runs/s2
+"""
+
+import logging
+
+from qformer.build import build_dataset, build_stage2
+from qformer.config import Stage2Config, parse_arguments
+from qformer.training import configure_logging, fit, reported_errors, start_accelerator
+
+logger = logging.getLogger("qformer")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_arguments(Stage2Config, __doc__, argv)
+    with reported_errors():
+        accelerator = start_accelerator(config)
+        configure_logging(accelerator.is_main_process)
+
+        model, transferred = build_stage2(
+            config
+        )  # frozen encoder and LLM; trainable: feature norm, Q-Former, projection
+        if transferred:
+            logger.info(transferred.report(str(config.stage2.init_from)))
+        else:
+            logger.warning("stage2.init_from is null: the Q-Former starts from nothing, without stage 1")
+        train = build_dataset(config.data, model.encoder, "train", config.train.seed)
+        validation = build_dataset(config.data, model.encoder, "validation", 0) if config.data.validation else None
+
+        fit(model, train, validation, config, accelerator)  # leaves run.dir/adapter
+
+
+if __name__ == "__main__":
+    main()
