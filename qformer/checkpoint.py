@@ -134,7 +134,7 @@ def save_checkpoint(
 ) -> Path:  # fmt: skip
     """Write `checkpoints/step-N` and delete all but the newest `keep`. `state` is JSON."""
     folder = run_dir / "checkpoints" / f"step-{step}"
-    names = {parameter: name for name, parameter in adapter.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in adapter.named_parameters()}
     moments = {
         f"{kind}/{names[parameter]}": value.detach().cpu().contiguous()
         for parameter, values in optimizer.state.items()
@@ -181,7 +181,8 @@ def require_disk_space(run_dir: Path, adapter: nn.Module, keep: int) -> None:
     if free < needed:
         raise ValueError(
             f"run.dir={run_dir} needs {needed / 1e9:.2f} GB for {keep} checkpoints and the adapter, "
-            f"but its disk has {free / 1e9:.2f} GB free; free some, lower train.keep_checkpoints or choose another run.dir"
+            f"but its disk has {free / 1e9:.2f} GB free; "
+            "free some, lower train.keep_checkpoints or choose another run.dir"
         )
 
 

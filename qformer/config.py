@@ -196,9 +196,9 @@ def from_dict(values: dict[str, Any]) -> Stage1Config | Stage2Config:
     Raises: ConfigError as `load_config` does.
     """
     root: Any = Stage2Config if "llm" in values else Stage1Config
-    config = OmegaConf.to_object(_merge(OmegaConf.structured(root), OmegaConf.create(values), "config.yaml", root))
+    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(root), OmegaConf.create(values), "config.yaml", root))
     _check(config)
-    return config  # type: ignore[return-value]
+    return config
 
 
 def read_config(path: Path) -> Stage1Config | Stage2Config:

@@ -16,7 +16,7 @@ Padding text tokens are looked at by nobody. ITG's queries do not depend on the 
 itself: the causal pass runs the text rows alone against the query pass's keys and values.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +158,10 @@ class QFormer(nn.Module):
         )  # fmt: skip
         self.reset_parameters()
 
+    @property
+    def layers(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Linear and embedding weights and query tokens normal(0, .02); biases 0; norms 1; query FFN = text FFN."""
@@ -171,13 +175,13 @@ class QFormer(nn.Module):
 
     def copy_text_ffn(self) -> None:
         """Start the query feed-forward networks as copies of the text ones, where there is a text side."""
-        for block in self.blocks:
+        for block in self.layers:
             if block.text_ffn is not None:
                 block.query_ffn.load_state_dict(block.text_ffn.state_dict())
 
     def project_images(self, image_features: Tensor, image_mask: Tensor | None = None) -> ImageMemory:
         """Project normed features float[B, N, Dv] (bool[B, N], True = real) to cross-attention keys and values, once."""
-        layers = [b.cross_attention.keys_values(image_features) for b in self.blocks if b.cross_attention is not None]
+        layers = [b.cross_attention.keys_values(image_features) for b in self.layers if b.cross_attention is not None]
         return ImageMemory(layers, None if image_mask is None else image_mask[:, None, None, :])
 
     def query_pass(self, images: ImageMemory) -> QueryPass:
@@ -209,7 +213,8 @@ class QFormer(nn.Module):
         return self._norm_embedding(self.query_tokens.expand(batch, -1, -1))
 
     def _embed_text(self, text_ids: Tensor) -> Tensor:
-        assert self.word_embeddings is not None and self.position_embeddings is not None, "built without a text side"
+        assert self.word_embeddings is not None, "this Q-Former was built without a text side"
+        assert self.position_embeddings is not None
         if text_ids.shape[1] > self.max_text_positions:
             raise ValueError(
                 f"text of {text_ids.shape[1]} tokens is longer than qformer.max_text_positions={self.max_text_positions}; "
@@ -228,7 +233,7 @@ class QFormer(nn.Module):
         all_keys_values = []
         image_layers = iter(images.layers if images is not None else ())
         image_mask = images.mask if images is not None else None
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.layers):
             image = next(image_layers) if images is not None and block.cross_attention is not None else None
             hidden, keys_values = block(hidden, n_queries, mask, image, image_mask, before[i] if before else None)
             all_keys_values.append(keys_values)

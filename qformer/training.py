@@ -83,8 +83,8 @@ def start_accelerator(config: Config) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"{launched} processes were launched but this one sees {accelerator.num_processes}: each would train a lone copy. "
-            "On CPUs launch with: accelerate launch --multi_gpu --num_processes 2 ... train.cpu=true"
+            f"{launched} processes were launched but this one sees {accelerator.num_processes}: each would "
+            "train a lone copy. On CPUs launch with: accelerate launch --multi_gpu --num_processes 2 ... train.cpu=true"
         )
     return accelerator
 
@@ -157,7 +157,7 @@ def fit(
             ]
             waited += time.perf_counter() - start
             metrics, norm = _forward_backward(model, prepared, accelerator, o.clip_norm)
-            dropped = sum(len(p.batch.dropped) for p in prepared)
+            dropped = float(sum(len(p.batch.dropped) for p in prepared))
             # one small message a step: is the loss sound, what was dropped, was somebody told to stop, the metrics
             sound = all(math.isfinite(v) for v in metrics.values())
             sound = sound and (math.isfinite(norm) or accelerator.scaler is not None)
@@ -219,7 +219,7 @@ def fit(
 def _forward_backward(
     model: Model, prepared: list[Prepared], accelerator: Accelerator, clip_norm: float
 ) -> tuple[dict[str, float], float]:
-    """Gradient of the whole step: every micro-batch, synchronised once. Returns this rank's mean metrics and the norm."""
+    """Gradient of the whole step: every micro-batch, synchronised once. Returns this rank's metrics and the norm."""
     tokens = torch.tensor(float(sum(p.target_tokens for p in prepared)), device=accelerator.device)
     targets_per_rank = sum_over_ranks(tokens) / (accelerator.num_processes * len(prepared))
     outputs: list[Output] = []
@@ -319,8 +319,8 @@ def model_card(config: Config, step: int, dropped: int) -> str:
     stage, llm = (2, f"- language model: `{config.llm.id}`\n") if isinstance(config, Stage2Config) else (1, "")
     return (
         f"# qformer adapter, stage {stage}\n\n"
-        f"Trainable tensors of a Q-Former between frozen models, after {step} steps of {config.train.global_batch_size} "
-        f"records; {dropped} broken records were replaced.\n\n"
+        f"Trainable tensors of a Q-Former between frozen models, after {step} steps of "
+        f"{config.train.global_batch_size} records; {dropped} broken records were replaced.\n\n"
         f"- encoder: `{config.encoder.id}` ({config.encoder.loader}), block {config.encoder.block}\n{llm}"
         f"- data: {', '.join(f'`{s}`' for s in config.data.train)}\n\n"
         '```python\nimport qformer\nmodel = qformer.load("path/to/this/folder")\n```\n'

@@ -6,6 +6,7 @@ python stages/ask.py runs/s2/adapter picture.jpg        # a conversation; an emp
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from qformer.inference import load
 from qformer.training import reported_errors
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         if not Path(args.picture).is_file():
             raise ValueError(f"no picture {args.picture}")
         model = load(args.adapter)
-        generation = {"do_sample": True, "num_beams": 1} if args.sample else {}
+        generation: dict[str, Any] = {"do_sample": True, "num_beams": 1} if args.sample else {}
         if args.question:
             for answer in model.answer([args.picture], args.question, **generation):
                 print(answer)

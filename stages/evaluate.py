@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from qformer.data import BrokenRecord, read_records
+from qformer.data import BrokenRecord, Record, read_records
 from qformer.inference import load
 from qformer.metrics import score_vqa
 from qformer.training import reported_errors
@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"{record.image}: --mode told needs a caption in every record")
         model = load(args.adapter)
 
-        scored, said, dropped = [], [], []
+        scored: list[Record] = []
+        said: list[str] = []
+        dropped: list[str] = []
         batches = [chosen[i : i + args.batch_size] for i in range(0, len(chosen), args.batch_size)]
         for batch in track(batches, "answering", disable=not sys.stderr.isatty()):
             if args.mode == "picture":

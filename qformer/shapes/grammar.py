@@ -201,7 +201,31 @@ def vocabulary() -> list[str]:
     """Every word of the world's language, sorted."""
     words = set(" ".join((*SIZES, *COLOURS, *SHAPES, *PLACES, *NUMBERS)).split())
     words |= set(
-        "yes question short answer long caption a photo of picture shows , . : ? ! the this in with is are it".split()
+        [
+            "yes",
+            "question",
+            "short",
+            "answer",
+            "long",
+            "caption",
+            "a",
+            "photo",
+            "of",
+            "picture",
+            "shows",
+            ",",
+            ".",
+            ":",
+            "?",
+            "!",
+            "the",
+            "this",
+            "in",
+            "with",
+            "is",
+            "are",
+            "it",
+        ]
     )
     rng = random.Random(0)
     for _ in range(5000):
