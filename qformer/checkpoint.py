@@ -8,6 +8,7 @@ moments and `state.json`. There is no random state to keep: dropout, negatives, 
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,7 +205,9 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _modules(names: list[str]) -> list[str]:
-    """Names cut to two levels, each once: enough to say which part is meant."""
+    """The modules that the tensors belong to, each once; layers of a kind stand together as *."""
     return list(
-        dict.fromkeys(".".join(n.split(".")[:2]) if n.startswith("qformer.") else n.split(".")[0] for n in names)
+        dict.fromkeys(
+            re.sub(r"\.\d+\.(\w+).*", r".*.\1", name.removesuffix(".weight").removesuffix(".bias")) for name in names
+        )
     )

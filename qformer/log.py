@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,8 +22,6 @@ METRICS_FILE = "metrics.jsonl"
 TIMING_FIELDS = ("samples_per_s", "seconds", "eta", "data_wait")
 # A running mean this close to chance, relative to it, counts as "at chance".
 CHANCE_BAND = 0.02
-
-Value = float | int | str | bool | None
 
 
 class RunLog:
@@ -56,7 +55,7 @@ class RunLog:
             logger.warning("%s held the metrics of an earlier run; moved to %s", path, aside.name)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def log(self, step: int, values: Mapping[str, Value]) -> None:
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line: the step and `values`, floats at 6 significant digits, NaN and infinities as strings."""
         assert "step" not in values, "the step is given once, as the first argument"
         if self._file is None:
@@ -194,7 +193,11 @@ def describe_losses(metrics: Mapping[str, float], chance: Mapping[str, float]) -
     )
 
 
-def _plain(value: Value) -> Value:
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
     assert value is None or isinstance(value, float | int | str), f"{type(value).__name__} is not a plain value"
     if not isinstance(value, float):
         return value

@@ -361,13 +361,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("tokenizers", "opt", "t5", "vit"))
     parser.add_argument("--steps", type=int, default=5000, help="updates")
+    parser.add_argument("--batch", type=int, default=64, help="texts or pairs in an update")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args(argv)
     if args.what == "tokenizers":
         build_tokenizers(args.out)
     elif args.what in ("opt", "t5"):
-        school_language_model(args.what, args.steps, args.out, args.seed)
+        school_language_model(args.what, args.steps, args.out, args.seed, args.batch)
     else:
         school_encoder(args.steps, args.out, args.seed)
 

@@ -1,0 +1,314 @@
+"""The Querying Transformer: who sees whom, cached passes against joint ones, and parity with transformers."""
+
+import pytest
+import torch
+from tiny import shake
+from torch import Tensor
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+from qformer.qformer import Block, QFormer
+
+B, N, Q, T, D, V, ENCODER_WIDTH = 3, 6, 4, 5, 32, 40, 24
+IMAGE_MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.bool)
+TEXT_MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.bool)
+
+
+def build(queries: int = Q, layers: int = 3, shaken: bool = True, **more) -> QFormer:
+    torch.manual_seed(0)
+    sizes = {"width": D, "heads": 2, "ffn_width": 48, "encoder_width": ENCODER_WIDTH, "vocab_size": V}
+    qformer = QFormer(queries=queries, layers=layers, max_text_positions=8, dropout=0.1, **(sizes | more))
+    if shaken:
+        shake(qformer, by=0.2)
+    return qformer.eval()
+
+
+def draw(batch: int = B) -> tuple[Tensor, Tensor]:
+    """Features and text ids."""
+    torch.manual_seed(1)
+    return torch.randn(batch, N, ENCODER_WIDTH), torch.randint(1, V, (batch, T))
+
+
+def joint_pass(qformer: QFormer, features: Tensor, ids: Tensor, mask: Tensor, image_mask: Tensor | None = None):
+    """The reference: queries and text as one sequence through the blocks under a mask bool[B, 1, Q+T, Q+T]."""
+    images = qformer.project_images(features, image_mask)
+    n_queries = qformer.query_tokens.shape[1]
+    hidden = torch.cat([qformer._embed_queries(images), qformer._embed_text(ids)], 1)
+    layers = iter(images.layers)
+    for block in qformer.blocks:
+        assert isinstance(block, Block)
+        image = next(layers) if block.cross_attention is not None else None
+        hidden, _ = block(hidden, n_queries, mask, image, images.mask, None)
+    return hidden[:, :n_queries], hidden[:, n_queries:]
+
+
+def causal_mask(text_mask: Tensor, queries: int = Q) -> Tensor:
+    """ITG's: queries see queries, text sees queries and earlier text; bool[B, 1, Q+T, Q+T]."""
+    batch, length = text_mask.shape
+    mask = torch.zeros(batch, queries + length, queries + length, dtype=torch.bool)
+    mask[:, :, :queries] = True
+    mask[:, queries:, queries:] = torch.ones(length, length).tril().bool() & text_mask[:, None, :]
+    return mask[:, None]
+
+
+# ---- who sees whom: the four worked examples of the module's docstring ----
+
+
+def outputs(qformer: QFormer, pattern: str, features: Tensor, ids: Tensor) -> Tensor:
+    """float[rows, D] of one picture and text: the positions that this pass returns."""
+    images, mask = qformer.project_images(features), torch.ones_like(ids, dtype=torch.bool)
+    queries = qformer.query_pass(images)
+    return {
+        "queries alone": lambda: queries.output,
+        "text alone": lambda: qformer.text_pass(ids, mask),
+        "all see all": lambda: qformer.matching_pass(images, ids, mask),
+        "text after queries": lambda: torch.cat([queries.output, qformer.causal_pass(ids, mask, queries)], 1),
+    }[pattern]()[0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sees"),
+    [
+        ("queries alone", ["1100", "1100"]),
+        ("text alone", ["0011", "0011"]),
+        ("all see all", ["1111", "1111"]),
+        ("text after queries", ["1100", "1100", "1110", "1111"]),
+    ],
+)
+@torch.no_grad()
+def test_who_sees_whom(pattern, sees):
+    qformer = build(queries=2)
+    features, ids = draw(1)
+    ids = ids[:, :2]
+    before = outputs(qformer, pattern, features, ids)
+    columns = []
+    for position in range(4):
+        changed_ids, query_tokens = ids.clone(), qformer.query_tokens.clone()
+        if position < 2:
+            qformer.query_tokens[0, position] += torch.randn(D)
+        else:
+            changed_ids[0, position - 2] = (ids[0, position - 2] + 7) % V
+        after = outputs(qformer, pattern, features, changed_ids)
+        qformer.query_tokens.copy_(query_tokens)
+        columns.append((after - before).abs().amax(1) > 1e-6)
+    assert ["".join(str(int(c)) for c in row) for row in torch.stack(columns, 1)] == sees
+
+
+@torch.no_grad()
+def test_only_queries_see_the_image_and_only_where_there_is_cross_attention():
+    qformer = build()
+    assert [block.cross_attention is not None for block in qformer.blocks] == [True, False, True]
+    assert [b.cross_attention is None for b in build(layers=4, cross_attention_frequency=3).blocks] == [0, 1, 1, 0]
+    features, ids = draw(1)
+    changed = features + 1
+    for pattern, moves in (("queries alone", True), ("text alone", False), ("all see all", True)):
+        same = torch.equal(outputs(qformer, pattern, features, ids), outputs(qformer, pattern, changed, ids))
+        assert same is not moves, pattern
+
+
+# ---- the cached causal pass is the joint one ----
+
+
+@pytest.mark.parametrize("image_mask", [None, IMAGE_MASK], ids=["whole", "padded"])
+def test_causal_pass_on_cached_queries_is_the_joint_mask(image_mask):
+    qformer = build()
+    features, ids = draw()
+    queries = qformer.query_pass(qformer.project_images(features, image_mask))
+    text = qformer.causal_pass(ids, TEXT_MASK, queries)
+    joint_queries, joint_text = joint_pass(qformer, features, ids, causal_mask(TEXT_MASK), image_mask)
+    torch.testing.assert_close(queries.output, joint_queries, atol=1e-5, rtol=0)
+    torch.testing.assert_close(text[TEXT_MASK], joint_text[TEXT_MASK], atol=1e-5, rtol=0)
+
+    # so is its gradient: the cached keys and values are not detached
+    weight = torch.randn(B, T, D)
+    (text * weight)[TEXT_MASK].sum().backward()
+    ours = {name: p.grad.clone() for name, p in qformer.named_parameters() if p.grad is not None}
+    qformer.zero_grad()
+    (joint_text * weight)[TEXT_MASK].sum().backward()
+    theirs = {name: p.grad for name, p in qformer.named_parameters() if p.grad is not None}
+    assert ours["query_tokens"].abs().max() > 0
+    for name in theirs:
+        torch.testing.assert_close(ours.get(name, torch.zeros(())).expand_as(theirs[name]), theirs[name],
+                                   atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+
+
+@torch.no_grad()
+def test_matching_pass_is_the_joint_pass_where_all_see_all():
+    qformer = build()
+    features, ids = draw()
+    mask = torch.cat([torch.ones(B, Q, dtype=torch.bool), TEXT_MASK], 1)[:, None, None, :]
+    expected, _ = joint_pass(qformer, features, ids, mask, IMAGE_MASK)
+    found = qformer.matching_pass(qformer.project_images(features, IMAGE_MASK), ids, TEXT_MASK)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+# ---- padding ----
+
+
+@torch.no_grad()
+def test_padded_image_tokens_never_matter():
+    qformer = build()
+    features, ids = draw()
+    garbage = torch.where(IMAGE_MASK[..., None], features, 1e4)
+    whole, padded = (qformer.project_images(f, IMAGE_MASK) for f in (features, garbage))
+    assert torch.equal(qformer.query_pass(whole).output, qformer.query_pass(padded).output)
+    assert torch.equal(qformer.matching_pass(whole, ids, TEXT_MASK), qformer.matching_pass(padded, ids, TEXT_MASK))
+    for row, length in enumerate(IMAGE_MASK.sum(1)):  # and each row is what it is alone, without any padding
+        alone = qformer.query_pass(qformer.project_images(features[row : row + 1, :length])).output[0]
+        torch.testing.assert_close(qformer.query_pass(padded).output[row], alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_padded_text_never_matters():
+    qformer = build()
+    features, ids = draw()
+    images = qformer.project_images(features)
+    queries = qformer.query_pass(images)
+    garbage = torch.where(TEXT_MASK, ids, (ids + 11) % V)
+    passes = {
+        "text": lambda x, m, i, q: qformer.text_pass(x, m),
+        "matching": lambda x, m, i, q: qformer.matching_pass(i, x, m),
+        "causal": lambda x, m, i, q: qformer.causal_pass(x, m, q),
+    }
+    for name, run in passes.items():
+        padded = run(garbage, TEXT_MASK, images, queries)
+        if name != "matching":
+            padded = padded * TEXT_MASK[..., None]
+        for row, length in enumerate(TEXT_MASK.sum(1)):
+            image = images.select(torch.tensor([row]))
+            alone = run(
+                ids[row : row + 1, :length], TEXT_MASK[row : row + 1, :length], image, qformer.query_pass(image)
+            )
+            found = padded[row] if name == "matching" else padded[row, :length]
+            torch.testing.assert_close(
+                found, alone[0], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@torch.no_grad()
+def test_selected_images_are_those_images():
+    qformer = build()
+    features, _ = draw()
+    index = torch.tensor([2, 0, 0, 1])
+    picked = qformer.project_images(features, IMAGE_MASK).select(index)
+    again = qformer.project_images(features[index], IMAGE_MASK[index])
+    torch.testing.assert_close(qformer.query_pass(picked).output, qformer.query_pass(again).output)
+
+
+# ---- parity with transformers ----
+
+
+def key_map(layers: int, frequency: int) -> dict[str, str]:
+    """Ours -> those of Blip2QFormerModel, modules with weight and bias."""
+    modules = {"embedding_norm": "layernorm"}
+    attention = {"query": "attention.query", "key": "attention.key", "value": "attention.value",
+                 "dense": "output.dense", "norm": "output.LayerNorm"}  # fmt: skip
+    for i in range(layers):
+        theirs = f"encoder.layer.{i}"
+        kinds = {"attention": "attention"} | ({"cross_attention": "crossattention"} if i % frequency == 0 else {})
+        for a, b in kinds.items():
+            modules |= {f"blocks.{i}.{a}.{x}": f"{theirs}.{b}.{y}" for x, y in attention.items()}
+        for a, b in {"query_ffn": "_query", "text_ffn": ""}.items():
+            parts = {"up": f"intermediate{b}.dense", "down": f"output{b}.dense", "norm": f"output{b}.LayerNorm"}
+            modules |= {f"blocks.{i}.{a}.{x}": f"{theirs}.{y}" for x, y in parts.items()}
+    return {f"{a}.{kind}": f"{b}.{kind}" for a, b in modules.items() for kind in ("weight", "bias")}
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[QFormer, Blip2QFormerModel]:
+    """Ours and transformers', with the same weights."""
+    ours = build(layers=4)
+    theirs = Blip2QFormerModel(
+        Blip2QFormerConfig(
+            hidden_size=D, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, vocab_size=V,
+            encoder_hidden_size=ENCODER_WIDTH, cross_attention_frequency=2, use_qformer_text_input=True,
+        )
+    ).eval()  # fmt: skip
+    state = ours.state_dict()
+    mapped = {b: state[a] for a, b in key_map(4, 2).items()}
+    assert mapped.keys() == theirs.state_dict().keys()
+    assert state.keys() - key_map(4, 2).keys() == {
+        "query_tokens", "word_embeddings.weight", "position_embeddings.weight",
+    }  # fmt: skip
+    theirs.load_state_dict(mapped)
+    return ours, theirs
+
+
+@torch.no_grad()
+def test_query_pass_equals_transformers(pair):
+    ours, theirs = pair
+    features, _ = draw()
+    for mask in (None, IMAGE_MASK):
+        expected = theirs(
+            query_embeds=ours.query_tokens.expand(B, -1, -1),
+            encoder_hidden_states=features,
+            encoder_attention_mask=None if mask is None else mask.long(),
+        ).last_hidden_state
+        found = ours.query_pass(ours.project_images(features, mask)).output
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_passes_with_text_equal_transformers(pair):
+    ours, theirs = pair
+    features, ids = draw()
+    images = ours.project_images(features)
+    assert ours.word_embeddings is not None
+    assert ours.position_embeddings is not None
+    words = ours.word_embeddings(ids) + ours.position_embeddings.weight[:T]
+    embeds = torch.cat([ours.query_tokens.expand(B, -1, -1), words], 1)
+    given = {"query_embeds": embeds, "query_length": Q, "encoder_hidden_states": features}
+
+    together = torch.cat([torch.ones(B, Q, dtype=torch.long), TEXT_MASK.long()], 1)
+    expected = theirs(**given, attention_mask=together).last_hidden_state[:, :Q]
+    torch.testing.assert_close(ours.matching_pass(images, ids, TEXT_MASK), expected, atol=1e-5, rtol=0)
+
+    expected = theirs(**given, attention_mask=causal_mask(TEXT_MASK)).last_hidden_state[:, Q:]
+    found = ours.causal_pass(ids, TEXT_MASK, ours.query_pass(images))
+    torch.testing.assert_close(found[TEXT_MASK], expected[TEXT_MASK], atol=1e-5, rtol=0)
+
+    text = {"query_embeds": words, "query_length": 0, "attention_mask": TEXT_MASK.long()}
+    expected = theirs(**text).last_hidden_state
+    torch.testing.assert_close(ours.text_pass(ids, TEXT_MASK)[TEXT_MASK], expected[TEXT_MASK], atol=1e-5, rtol=0)
+
+
+# ---- the rest ----
+
+
+def test_query_ffn_starts_as_a_copy_of_the_text_ffn():
+    for block in build(shaken=False).blocks:
+        query, text = block.query_ffn.state_dict(), block.text_ffn.state_dict()
+        assert all(torch.equal(query[name], text[name]) for name in text)
+        assert block.query_ffn.up.weight.data_ptr() != block.text_ffn.up.weight.data_ptr()
+
+
+def test_initial_values():
+    qformer = build(shaken=False)
+    for name in ("query_tokens", "word_embeddings.weight", "blocks.0.cross_attention.key.weight"):
+        assert qformer.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.2), name
+    assert qformer.blocks[0].attention.query.bias.abs().max() == 0
+
+
+def test_text_longer_than_the_positions_is_refused():
+    qformer = build()
+    ids = torch.ones(1, 9, dtype=torch.long)
+    with pytest.raises(
+        ValueError, match=r"9 tokens is longer than qformer\.max_text_positions=8; lower data\.max_text"
+    ):
+        qformer.text_pass(ids, ids.bool())
+
+
+def test_without_a_text_side():
+    qformer = build(vocab_size=None)
+    features, ids = draw()
+    assert not any("text" in name or "word" in name or "position" in name for name in qformer.state_dict())
+    assert qformer.query_pass(qformer.project_images(features)).output.shape == (B, Q, D)
+    with pytest.raises(AssertionError, match="without a text side"):
+        qformer.text_pass(ids, ids.bool())
+
+
+def test_dropout_only_in_training():
+    qformer = build()
+    images = qformer.project_images(draw()[0])
+    assert torch.equal(qformer.query_pass(images).output, qformer.query_pass(images).output)
+    qformer.train()
+    assert not torch.equal(qformer.query_pass(images).output, qformer.query_pass(images).output)
