@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from qformer.checkpoint import Transfer, read_adapter, transfer
-from qformer.config import DataConfig, EncoderConfig, LlmConfig, QFormerConfig, Stage1Config, Stage2Config, read_config
+from qformer.checkpoint import Transfer, read_adapter, require_same_parts, transfer
+from qformer.config import DataConfig, EncoderConfig, LlmConfig, QFormerConfig, Stage1Config, Stage2Config
 from qformer.data import ImageTransform, RecordDataset, read_records
 from qformer.encoders import FrozenEncoder, load_encoder
 from qformer.language import FrozenLanguageModel, load_language_model
@@ -119,7 +119,7 @@ def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2M
     init_from = Path(config.stage2.init_from) if initialise and config.stage2.init_from else None
     tensors = None
     if init_from:  # mistakes first: a language model takes long to load
-        require_same_encoder(config.encoder, init_from)
+        require_same_parts(config, init_from, ("encoder",))
         tensors = read_adapter(init_from)
     encoder = build_encoder(config.encoder)
     llm = build_language_model(config.llm)
@@ -127,20 +127,6 @@ def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2M
     adapter = Stage2Adapter(build_qformer(config.qformer, encoder.width, None), encoder.width, llm.width)
     model = Stage2Model(encoder, adapter, llm, config.llm.prompt, config.llm.max_target_tokens)
     return model, None if tensors is None else transfer(adapter, tensors, str(init_from))
-
-
-def require_same_encoder(encoder: EncoderConfig, adapter_folder: Path) -> None:
-    """Raise ValueError, naming both, when the adapter was trained on another encoder's features."""
-    if not (adapter_folder / "config.yaml").is_file():
-        raise ValueError(f"{adapter_folder} is no adapter folder: it has no config.yaml")
-    trained = read_config(adapter_folder / "config.yaml").encoder
-    for key in ("loader", "id", "pretrained", "revision", "block", "image_size", "random_weights"):
-        ours, theirs = getattr(encoder, key), getattr(trained, key)
-        if ours != theirs:
-            raise ValueError(
-                f"wrong adapter for this config: {adapter_folder} was trained with encoder.{key}={theirs}, "
-                f"this config has encoder.{key}={ours}"
-            )
 
 
 def build_dataset(

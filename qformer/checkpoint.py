@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qformer.config import Stage1Config, Stage2Config, read_config
+
 FORMAT_VERSION = "1"
 TENSORS, OPTIMIZER, STATE, CONFIG, CARD = (
     "adapter.safetensors",
@@ -172,6 +174,30 @@ def load_checkpoint(folder: Path, adapter: nn.Module, optimizer: torch.optim.Opt
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+
+
+# What decides which features and which words an adapter was trained on.
+IDENTITY = {
+    "encoder": ("loader", "id", "pretrained", "revision", "block", "image_size", "random_weights"),
+    "llm": ("id", "revision", "random_weights"),
+}
+
+
+def require_same_parts(config: Stage1Config | Stage2Config, folder: Path, sections: tuple[str, ...]) -> None:
+    """Raise ValueError, naming both, when the adapter or checkpoint was trained with other frozen parts than the config's."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is no adapter or checkpoint folder: it has no {CONFIG}")
+    trained = read_config(folder / CONFIG)
+    for section in sections:
+        if type(trained) is not type(config) and section == "llm":
+            raise ValueError(f"{folder} is of another stage than this config")
+        for key in IDENTITY[section]:
+            ours, theirs = getattr(getattr(config, section), key), getattr(getattr(trained, section), key)
+            if ours != theirs:
+                raise ValueError(
+                    f"wrong adapter for this config: {folder} was trained with {section}.{key}={theirs}, "
+                    f"this config has {section}.{key}={ours}"
+                )
 
 
 def require_disk_space(run_dir: Path, adapter: nn.Module, keep: int) -> None:

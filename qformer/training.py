@@ -25,6 +25,7 @@ from qformer.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     require_disk_space,
+    require_same_parts,
     save_adapter,
     save_checkpoint,
 )
@@ -57,11 +58,15 @@ def configure_logging(is_main_process: bool) -> None:
 
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
-    """A mistake that a user can mend ends a stage with one line on standard error and exit code 2, not a traceback."""
+    """A mistake that a user can mend ends a stage with one line on standard error and exit code 2.
+
+    With QFORMER_TRACEBACK=1 in the environment it ends with the whole traceback.
+    """
     try:
         yield
     except (ValueError, FloatingPointError, OSError) as error:
-        logger.debug("where it happened", exc_info=True)
+        if os.environ.get("QFORMER_TRACEBACK"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -110,11 +115,15 @@ def fit(
     optimizer = build_optimizer(adapter, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay, eps=1e-8)
     state: dict[str, Any] = {"step": 0, "dropped": 0, "window": {}}
     if resume_from:
+        require_same_parts(
+            config, resume_from, ("encoder", "llm") if isinstance(config, Stage2Config) else ("encoder",)
+        )
         state = load_checkpoint(resume_from, adapter, optimizer)
         logger.info("resumed from %s at step %d of %d", resume_from, state["step"], options.max_steps)
-    prepared_optimizer: Any
-    model.adapter, prepared_optimizer = accelerator.prepare(adapter, optimizer)
-    first_step = state["step"]
+    model.adapter, stepper = accelerator.prepare(adapter, optimizer)
+    if accelerator.scaler and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    step = first_step = last_saved = state["step"]
     batches = GlobalBatches(
         len(train), options.seed, world, accelerator.process_index, micro, accumulation, first_step=first_step
     )
@@ -124,23 +133,21 @@ def fit(
     config_yaml = to_yaml(config)
     if accelerator.is_main_process:
         (run_dir / "config.yaml").write_text(config_yaml)
-    accelerator.init_trackers(run_dir.name) if config.run.trackers else None
-    model.train()
+    if config.run.trackers:
+        accelerator.init_trackers(run_dir.name)
+    log = RunLog(run_dir, is_main=accelerator.is_main_process, resume_step=first_step if resume_from else None)
 
-    def save(step: int) -> None:
+    def save() -> None:
         if accelerator.is_main_process:
             scaler = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
-            kept = {"dropped": state["dropped"], "window": state["window"], **scaler}
+            kept = {"dropped": state["dropped"], "window": window.sums, **scaler}
             save_checkpoint(run_dir, step, adapter, optimizer, kept, config_yaml, options.keep_checkpoints)
         accelerator.wait_for_everyone()
 
-    if accelerator.scaler and "scaler" in state:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    log = RunLog(run_dir, is_main=accelerator.is_main_process, resume_step=first_step if resume_from else None)
-    step = marked = last_saved = first_step
-    mark, waited = time.perf_counter(), 0.0
+    window, stopping = _Window(state["window"]), 0.0
+    model.train()
     with log, _stop_signals() as stop, log.progress(options.max_steps, first_step, options.log_every_steps) as progress:
-        while step < options.max_steps and not stop:
+        while step < options.max_steps and not stopping:
             torch.manual_seed(derive_seed(options.seed, step, accelerator.process_index))
             lr = lr_at(
                 step, peak_lr=o.lr, min_lr=o.min_lr, warmup_steps=o.warmup_steps, warmup_lr=o.warmup_lr,
@@ -155,40 +162,34 @@ def fit(
                 )
                 for i in range(accumulation)
             ]
-            waited += time.perf_counter() - start
+            window.waited_s += time.perf_counter() - start
             metrics, norm = _forward_backward(model, prepared, accelerator, o.clip_norm)
             dropped = float(sum(len(p.batch.dropped) for p in prepared))
-            # one small message a step: is the loss sound, what was dropped, was somebody told to stop, the metrics
-            sound = all(math.isfinite(v) for v in metrics.values())
-            sound = sound and (math.isfinite(norm) or accelerator.scaler is not None)
+            sound = all(map(math.isfinite, metrics.values())) and (
+                math.isfinite(norm) or accelerator.scaler is not None
+            )
+            # one small message a step, so that all ranks agree: is it sound, what was dropped, was one told to stop
             bad, dropped, stopping, *sums = _sum(
                 [not sound, dropped, bool(stop), *metrics.values()], accelerator.device
             )
             if bad:
                 raise NonFiniteLoss(_describe_non_finite(step, metrics, norm, prepared))
-            if stopping and not stop:
-                stop.append(signal.SIGTERM)
-            prepared_optimizer.step()
-            prepared_optimizer.zero_grad()
+            stepper.step()
+            stepper.zero_grad()
             step += 1
             state["dropped"] += int(dropped)
-            _add(state["window"], {k: v / world for k, v in zip(metrics, sums, strict=True)} | {"gradient_norm": norm})
+            means = {name: value / world for name, value in zip(metrics, sums, strict=True)}
+            window.add(means | {"gradient_norm": norm}, options.global_batch_size)
             if step % options.log_every_steps == 0 or step == options.max_steps:
-                now, window = time.perf_counter(), _means(state["window"])
-                line = {
-                    **window, **{f"{name}_chance": value for name, value in chance.items()}, "lr": lr,
-                    "itc_negatives": micro * world - 1, "dropped": state["dropped"],
-                    "samples_per_s": (step - marked) * options.global_batch_size / (now - mark),
-                    "data_wait": waited / (now - mark),
-                }  # fmt: skip
-                mark, marked, waited, state["window"] = now, step, 0.0, {}
+                means, timing = window.close()
+                line = means | {f"{name}_chance": value for name, value in chance.items()} | timing
+                line |= {"lr": lr, "itc_negatives": micro * world - 1, "dropped": state["dropped"]}
                 log.log(step, line)
                 accelerator.log(line, step=step)
-                for warning in watch.update(step, window):
+                for warning in watch.update(step, means):
                     logger.warning(warning)
-                progress.update(
-                    step, describe_losses({k: v for k, v in window.items() if k != "gradient_norm"}, chance)
-                )
+                losses = describe_losses({k: v for k, v in means.items() if k != "gradient_norm"}, chance)
+                progress.update(step, f"{losses}, {timing['samples_per_s']:.3g} samples/s")
             else:
                 progress.update(step)
             if validation and (step % options.validate_every_steps == 0 or step == options.max_steps):
@@ -198,14 +199,14 @@ def fit(
                 if accelerator.is_main_process:
                     logger.info("validation at step %d: %s", step, describe_validation(found))
             if step % options.checkpoint_every_steps == 0 or step == options.max_steps:
-                save(step)
+                save()
                 last_saved = step
-        if stop and last_saved != step:
-            save(step)
+        if last_saved != step:
+            save()
     model.adapter = adapter
     if config.run.trackers:
         accelerator.end_training()
-    if stop and step < options.max_steps:
+    if step < options.max_steps:
         logger.warning("stopped at step %d of %d and saved; go on with train.resume=auto", step, options.max_steps)
         return False
     if accelerator.is_main_process:
@@ -378,6 +379,28 @@ def _resume_from(run_dir: Path, resume: str | None) -> Path | None:
 
 def _sum(values: Sequence[float], device: torch.device) -> list[float]:
     return sum_over_ranks(torch.tensor(values, device=device)).tolist()
+
+
+class _Window:
+    """Sums of the metrics since the last line of the log; the sums are kept with a checkpoint, the clock is not."""
+
+    def __init__(self, sums: dict[str, float]) -> None:
+        self._open(sums)
+
+    def _open(self, sums: dict[str, float]) -> None:
+        self.sums, self.samples, self.waited_s, self.start = sums, 0, 0.0, time.perf_counter()
+
+    def add(self, metrics: dict[str, float], samples: int) -> None:
+        _add(self.sums, metrics)
+        self.samples += samples
+
+    def close(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Means, and samples per second with the share of time spent waiting for data; begins a new window."""
+        seconds = time.perf_counter() - self.start
+        timing = {"samples_per_s": self.samples / seconds, "data_wait": self.waited_s / seconds}
+        means = _means(self.sums)
+        self._open({})
+        return means, timing
 
 
 def _add(window: dict[str, float], metrics: dict[str, float]) -> None:

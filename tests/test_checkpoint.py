@@ -106,13 +106,18 @@ def test_adapter_round_trip(tmp_path):
 # ---- whole or not at all ----
 
 
+def interrupted_write(folder):
+    with written_whole(folder) as scratch:
+        (scratch / "adapter.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+
 def test_an_interrupted_write_leaves_nothing_visible(tmp_path):
     save(tmp_path, 3)
     before = (tmp_path / "checkpoints" / "step-3" / "adapter.safetensors").read_bytes()
     for folder in (tmp_path / "checkpoints" / "step-4", tmp_path / "checkpoints" / "step-3"):
-        with pytest.raises(KeyboardInterrupt), written_whole(folder) as scratch:
-            (scratch / "adapter.safetensors").write_bytes(b"half")
-            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_write(folder)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
     assert (tmp_path / "checkpoints" / "step-3" / "adapter.safetensors").read_bytes() == before
 

@@ -52,7 +52,7 @@ class Tiny:
     def on_features(self) -> list[str]:
         """Arguments that put the feature files in the pictures' place."""
         return [
-            "encoder.loader=features", "encoder.id=", f"encoder.width={FEATURE_WIDTH}",
+            "encoder.loader=features", "encoder.id=''", f"encoder.width={FEATURE_WIDTH}",
             f"data.train=[{self.features}]", "data.validation=[]",
         ]  # fmt: skip
 
@@ -212,7 +212,8 @@ def run_stage(stage: int, arguments: list[str]) -> None:
 
     path = Path(__file__).parents[1] / "stages" / f"stage{stage}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main(arguments)

@@ -16,7 +16,7 @@ ROWS = {  # key of results.json: title, what it is
         "The language model alone, given a true caption of the picture as text: about as much as it could answer "
         "if the Q-Former told it everything.",
     ),
-    "stage2_only": ("stage 2 only", "The Q-Former trained in stage 2 only, from random weights."),
+    "stage2_only": ("stage 2 only", "Stage 2 from random weights, for as many steps: what stage 1 is worth."),
     "stage1_2": ("stage 1 + 2", "The Q-Former trained in stage 1, then in stage 2: the method of the paper."),
 }
 LLM_TITLES = {"opt": "OPT (decoder-only)", "t5": "T5 (encoder-decoder)"}
@@ -101,10 +101,10 @@ def is_right(result: dict[str, Any]) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:12, 3:12 or 1:03:12."""
+    """Seconds as "12 s", "3 min 12 s" or "1 h 03 min"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def overall(score: dict[str, Any]) -> str:
@@ -120,7 +120,8 @@ def _in_turn(results: list[dict[str, Any]], count: int, pictures: set[str]) -> l
     kinds: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         kinds.setdefault(result["question_type"] or "all", []).append(result)
-    seen, chosen = set(pictures), []
+    seen = set(pictures)
+    chosen: list[dict[str, Any]] = []
     while len(chosen) < count and any(kinds.values()):
         for waiting in kinds.values():
             found = next((r for r in waiting if r["image"] not in seen), None)

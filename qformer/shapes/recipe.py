@@ -1,0 +1,144 @@
+"""The parts of a Shapes experiment as commands: what demo and reproduce do can be typed by hand."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qformer.config import Stage1Config, Stage2Config, load_config
+from qformer.shapes.report import ROWS
+
+STAGE1, STAGE2 = "configs/shapes/stage1.yaml", "configs/shapes/stage2.yaml"
+DATA = Path("runs/shapes")  # where the configs look for the records
+MODES = {"blind": "blind", "told": "told", "stage2_only": "picture", "stage1_2": "picture"}  # of stages/evaluate.py
+LAUNCHER = "accelerate.commands.launch"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process of the experiment, and how to see that its work is done already."""
+
+    name: str
+    command: list[str]
+    finished: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What changes the numbers of an experiment, and the commands that follow from it."""
+
+    data: Path = DATA
+    train_pictures: int = 10000
+    validation_pictures: int = 512
+    questions: int = 700
+    steps_scale: float = 1.0
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> "Recipe":
+        return cls(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)})
+
+    def pictures(self) -> Part:
+        """Write pictures and records; finished when every file has as many records as wanted."""
+        counts = {"train": self.train_pictures, "validation": self.validation_pictures, "questions": self.questions}
+        options = [word for split, count in counts.items() for word in (f"--{split}", str(count))]
+        command = [sys.executable, "-m", "qformer.shapes.write", str(self.data), *options]
+        files = {self.data / f"{split}.jsonl": count for split, count in counts.items()}
+        return Part("pictures", command, lambda: all(_count_lines(path) == count for path, count in files.items()))
+
+    def stage1(self, run_dir: Path, name: str = "stage 1", seed: int | None = None) -> Part:
+        """Train stage 1 in `run_dir`."""
+        return self._training(name, "stages/stage1.py", STAGE1, Stage1Config, run_dir, [], seed)
+
+    def stage2(
+        self, run_dir: Path, llm: str, init_from: Path | None, name: str = "stage 2", seed: int | None = None
+    ) -> Part:
+        """Train stage 2 in `run_dir` with "opt" or "t5", from the stage-1 run `init_from` or, with None, from nothing."""
+        start = f"stage2.init_from={init_from / 'adapter' if init_from else 'null'}"
+        overrides = [f"llm.id=qformer/shapes/weights/{llm}", start]
+        return self._training(name, "stages/stage2.py", STAGE2, Stage2Config, run_dir, overrides, seed)
+
+    def evaluation(self, run_dir: Path, row: str, answers: Path, name: str | None = None) -> Part:
+        """Answer the questions as `row` of the table wants it, and leave scores and answers in the file `answers`."""
+        command = [sys.executable, "stages/evaluate.py", str(run_dir / "adapter"), str(self.data / "questions.jsonl")]
+        command += ["--mode", MODES[row], "--json", str(answers)]
+        return Part(name or f"questions, {ROWS[row][0]}", command, lambda: _is_json(answers))
+
+    def _training(
+        self, name: str, script: str, file: str, root: Any, run_dir: Path, overrides: list[str], seed: int | None
+    ) -> Part:
+        if self.data != DATA:
+            overrides = [
+                *(f"data.{s}={json.dumps([str(self.data / f'{s}.jsonl')])}" for s in ("train", "validation")),
+                *overrides,
+            ]
+        overrides = [f"run.dir={run_dir}", *overrides, *self._scaled_steps(root, file)]
+        if seed is not None:
+            overrides.append(f"train.seed={seed}")
+        if (run_dir / "checkpoints").is_dir():
+            overrides.append("train.resume=auto")
+        launch = [sys.executable, "-m", LAUNCHER, "--quiet", "--num_processes", "1", "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        adapter = run_dir / "adapter" / "adapter.safetensors"  # its folder is written whole, at the end
+        return Part(name, [*launch, script, file, *overrides], adapter.is_file)
+
+    def _scaled_steps(self, root: Any, file: str) -> list[str]:
+        """The overrides that shorten a training run by `steps_scale` and keep its counts legal."""
+        if self.steps_scale == 1:
+            return []
+        config = load_config(root, [file, "run.dir=unused"])
+        max_steps = max(1, round(config.train.max_steps * self.steps_scale))
+        warmup_steps = min(max_steps, round(config.optim.warmup_steps * self.steps_scale))
+        every = [
+            f"train.{key}={max(1, round(getattr(config.train, key) * self.steps_scale))}"
+            for key in ("log_every_steps", "validate_every_steps", "checkpoint_every_steps")
+        ]
+        return [f"train.max_steps={max_steps}", f"optim.warmup_steps={warmup_steps}", *every]
+
+
+def add_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """The command-line options that the demo and the reproduction share."""
+    recipe = Recipe()
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for everything that is made ({out})")
+    parser.add_argument(
+        "--data", type=Path, default=recipe.data, help=f"folder of pictures and records ({recipe.data})"
+    )
+    for name, text in (
+        ("train_pictures", "captioned pictures to train on"),
+        ("validation_pictures", "captioned held-out pictures"),
+        ("questions", "questions about held-out pictures"),
+    ):
+        default = getattr(recipe, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=_positive(int), default=default, help=f"{text} ({default})"
+        )
+    parser.add_argument(
+        "--steps-scale", type=_positive(float), default=1.0, help="factor on all numbers of steps, 0.01 for a trial (1)"
+    )
+
+
+def _count_lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.is_file() else -1
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a positive {'whole ' * (kind is int)}number")
+        return value
+
+    return parse
