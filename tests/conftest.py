@@ -28,10 +28,13 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _leave_no_trace():
-    """A stage configures logging and accelerate keeps one state a process: put both back."""
+    """A stage configures logging, and accelerate the environment and one state a process: put all back."""
     root, ours = logging.getLogger(), logging.getLogger("qformer")
-    before = list(root.handlers), root.level, ours.level
+    before, environment = (list(root.handlers), root.level, ours.level), dict(os.environ)
     yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
     root.handlers[:], root.level = before[0], before[1]
     ours.setLevel(before[2])
     if "accelerate" in sys.modules:

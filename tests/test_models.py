@@ -5,6 +5,7 @@ import hashlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import FEATURE_WIDTH, Tiny, shake
 from torch import nn
 from transformers import AutoModelForMaskedLM, OPTConfig, OPTForCausalLM
@@ -14,6 +15,7 @@ from qformer.config import Stage1Config, Stage2Config, load_config
 from qformer.data import Batch, Draw, collate
 from qformer.interop.bert import initialise_from_bert
 from qformer.models import Output, Stage1Model, Stage2Model, picture_ids, split_prefix
+from qformer.objectives import draw_hard_negatives
 
 Model = Stage1Model | Stage2Model
 KINDS = ["stage1", "opt", "t5"]
@@ -205,6 +207,44 @@ def test_stage1_weights_of_the_losses(tiny):
     torch.testing.assert_close(output.loss.detach(), 0.5 * output.metrics["itc"] + 2 * output.metrics["itg"])
     output.loss.backward()
     assert all(p.grad is not None for p in model.adapter.parameters())
+
+
+@torch.no_grad()
+def test_stage1_losses_are_those_of_the_paper_pair_by_pair(tiny):
+    """ITC, ITM and ITG once more, slowly: every pair and every token alone, without padding."""
+    model, samples = build(tiny, "stage1", "features")
+    assert isinstance(model, Stage1Model)
+    adapter, n = model.eval().adapter, 5
+    batch = collate(samples[:n])
+    output = run(model, batch, noise_seed=3)
+    images = [adapter.project_images(sample.image[None], None) for sample in samples[:n]]
+    texts = [model.tokenize([sample.text]) for sample in samples[:n]]
+    assert len({text.ids.shape[1] for text in texts}) > 1
+
+    queries = torch.cat([adapter.embed_queries(adapter.qformer.query_pass(image).output) for image in images])
+    captions = torch.cat([adapter.embed_text(text) for text in texts])
+    logits = torch.stack([(query @ captions.T).amax(0) for query in queries]) / adapter.temperature
+    smoothed = [F.cross_entropy(x, torch.arange(n), label_smoothing=0.1) for x in (logits, logits.T)]
+    torch.testing.assert_close(output.metrics["itc"], sum(smoothed) / 2)
+
+    noise = torch.rand(2, n, n, generator=torch.Generator().manual_seed(3))
+    same = torch.eye(n, dtype=torch.bool)
+    negative_image, _ = draw_hard_negatives(logits.T, same, noise[0])
+    negative_text, _ = draw_hard_negatives(logits, same, noise[1])
+    pairs = [(i, i, 1) for i in range(n)]
+    pairs += [(int(negative_image[i]), i, 0) for i in range(n)] + [(i, int(negative_text[i]), 0) for i in range(n)]
+    found = torch.cat([adapter.match(images[i], texts[t]) for i, t, _ in pairs])
+    torch.testing.assert_close(output.metrics["itm"], F.cross_entropy(found, torch.tensor([m for *_, m in pairs])))
+
+    token_losses = []
+    for image, text in zip(images, texts, strict=True):
+        decoded = text.ids.clone()
+        decoded[0, 0] = model.tokenizer.convert_tokens_to_ids("[DEC]")
+        hidden = adapter.qformer.causal_pass(decoded, text.mask, adapter.qformer.query_pass(image))
+        token_losses.append(
+            F.cross_entropy(adapter.lm_logits(hidden[0, :-1]), text.ids[0, 1:], label_smoothing=0.1, reduction="none")
+        )
+    torch.testing.assert_close(output.metrics["itg"], torch.cat(token_losses).mean())
 
 
 def test_stage1_same_noise_seed_same_loss(tiny):

@@ -20,31 +20,24 @@ RELATIONS: dict[str, Callable[[Item, Item], bool]] = {
 QA = tuple[str, str]
 
 
-def at(place: str) -> str:
-    return "in the middle" if place == "middle" else f"at the {place}"
-
-
 def plural(count: int, noun: str) -> str:
     suffix = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{NUMBERS[count]} {noun}{suffix}"
 
 
 FORMS: tuple[Callable[[Item], str], ...] = (
-    lambda i: f"a {i.size} {i.colour} {i.shape} {at(i.place)}",
-    lambda i: f"{at(i.place)} a {i.size} {i.colour} {i.shape}",
-    lambda i: f"there is a {i.size} {i.colour} {i.shape} {at(i.place)}",
+    lambda i: f"a {i.size} {i.colour} {i.shape} {i.place}",
     lambda i: f"{i.size} {i.colour} {i.shape} {i.place}",
-    lambda i: f"{i.place} {i.colour} {i.shape} {i.size}",
-    lambda i: f"{i.colour} {i.size} {i.shape} {at(i.place)}",
-    lambda i: f"the {i.shape} {at(i.place)} is {i.size} and {i.colour}",
-    lambda i: f"{at(i.place)} the {i.colour} {i.shape} is {i.size}",
-    lambda i: f"the {i.size} {i.colour} {i.shape} is {at(i.place)}",
-    lambda i: f"one {i.colour} {i.shape} , {i.size} , {at(i.place)}",
+    lambda i: f"{i.place} a {i.size} {i.colour} {i.shape}",
+    lambda i: f"there is a {i.size} {i.colour} {i.shape} {i.place}",
+    lambda i: f"the {i.size} {i.colour} {i.shape} is {i.place}",
+    lambda i: f"the {i.shape} {i.place} is {i.size} and {i.colour}",
+    lambda i: f"{i.colour} {i.size} {i.shape} {i.place}",
+    lambda i: f"{i.place} {i.size} {i.colour} {i.shape}",
 )
-CAPTION_FORMS = FORMS[:4] + FORMS[5:9]
 
 
-def describe(scene: Scene, rng: random.Random, forms=CAPTION_FORMS, separators=(" , ", " and ")) -> str:
+def describe(scene: Scene, rng: random.Random, forms=FORMS, separators=(" , ", " and ")) -> str:
     """Say every item once, in random order, in one form drawn from `forms`."""
     form, separator = rng.choice(forms), rng.choice(separators)
     said = separator.join(form(item) for item in rng.sample(scene, len(scene)))
@@ -107,14 +100,14 @@ def _items(scene: Scene, *names: str) -> list[Item]:
 def _colour(scene: Scene, rng: random.Random) -> QA | None:
     item = rng.choice(scene)
     names = [n for n in _names(scene, item) if item.colour not in n]
-    where = [f"the shape {at(item.place)}", *(f"the {n}" for n in names for _ in range(2))]
+    where = [f"the shape {item.place}", *(f"the {n}" for n in names for _ in range(2))]
     it = rng.choice(where)
     return rng.choice((f"what colour is {it}?", f"what is the colour of {it}?")), item.colour
 
 
 def _shape(scene: Scene, rng: random.Random) -> QA | None:
     item = rng.choice(scene)
-    questions = [f"what shape is {at(item.place)}?", f"what is {at(item.place)}?"]
+    questions = [f"what shape is {item.place}?", f"what is {item.place}?"]
     if sum(i.colour == item.colour for i in scene) == 1:
         questions += [f"what shape is {item.colour}?", f"what is the {item.colour} shape?"]
     return rng.choice(questions), item.shape
@@ -123,7 +116,7 @@ def _shape(scene: Scene, rng: random.Random) -> QA | None:
 def _size(scene: Scene, rng: random.Random) -> QA | None:
     item = rng.choice(scene)
     names = [n for n in _names(scene, item) if item.size not in n]
-    it = rng.choice([f"the shape {at(item.place)}", *(f"the {n}" for n in names for _ in range(2))])
+    it = rng.choice([f"the shape {item.place}", *(f"the {n}" for n in names for _ in range(2))])
     return rng.choice((f"how big is {it}?", f"is {it} small or large?", f"what size is {it}?")), item.size
 
 
@@ -161,7 +154,7 @@ def _existence(scene: Scene, rng: random.Random) -> QA | None:
         "shape": (f"is there a {shape}?", lambda i: i.shape == shape),
         "colour": (f"is there a {colour} shape?", lambda i: i.colour == colour),
         "both": (f"is there a {colour} {shape}?", lambda i: (i.colour, i.shape) == (colour, shape)),
-        "place": (f"is there a shape {at(place)}?", lambda i: i.place == place),
+        "place": (f"is there a shape {place}?", lambda i: i.place == place),
     }[kind]
     yes = any(map(fits, scene))
     return (question, "yes" if yes else "no") if yes is not absent else None
@@ -230,7 +223,7 @@ def vocabulary() -> list[str]:
     rng = random.Random(0)
     for _ in range(5000):
         scene = draw_scene(rng)
-        texts = [caption(scene, rng), fact(scene, rng), describe(scene, rng, FORMS)]
+        texts = [caption(scene, rng), fact(scene, rng), describe(scene, rng)]
         texts += [q.replace("?", " ?") for q, _ in filter(None, [ask(scene, rng)])]
         words.update(w for t in texts for w in t.replace(",", " , ").split())
     return sorted(words)

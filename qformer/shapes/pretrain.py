@@ -21,9 +21,9 @@ from qformer.shapes import grammar, world
 
 WEIGHTS = Path(__file__).parent / "weights"
 BOS, PAD, UNK, LINE_END = "</s>", "<pad>", "<unk>", "\n"
-WORD = re.compile(r"\n|</s>|<pad>|<unk>|\w+|[^\w\s]")
+WORD = re.compile(r"\n|</s>|<pad>|<unk>|[\w-]+|[^\w\s]")
 Pieces = list[tuple[str, float]]  # text, weight of its tokens in the loss
-SEPARATORS = (" , ", " and ", " . ", " ")
+SEPARATORS = (" , ", " and ", " . ")
 
 
 class Level(NamedTuple):
@@ -38,7 +38,7 @@ class Level(NamedTuple):
 
 LEVELS = (
     Level(2, (2, 3), (), 0.0, 16),
-    Level(5, (2, 3), ("colour", "shape", "size", "place"), 0.2, 8),
+    Level(4, (2, 3), ("colour", "shape", "size", "place"), 0.2, 8),
     Level(len(grammar.FORMS), (1, 2, 2, 3, 3), grammar.QUESTION_TYPES, 0.4, 5),
 )
 NEXT_LEVEL_AT = 0.88  # running share of right answers; one text in 25 has no description
@@ -61,7 +61,7 @@ def build_tokenizers(folder: Path) -> None:
     for name, template in (("opt", f"{BOS} $A"), ("t5", f"$A {BOS}")):
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
         tokenizer.normalizer = normalizers.Lowercase()
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), "removed", invert=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[\w-]+|[^\w\s]"), "removed", invert=True)
         tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
         tokenizer.post_processor = processors.TemplateProcessing(
             single=template, special_tokens=[(BOS, vocabulary[BOS])]
@@ -75,7 +75,8 @@ def build_tokenizers(folder: Path) -> None:
         ).save_pretrained(folder / name)
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *grammar.vocabulary()])}
     tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w-]+|[^\w\s]"), "removed", invert=True)
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]

@@ -22,10 +22,10 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {  # centre in a 64-pixel picture: x to the right, y down
-    "top left": (15, 15),
-    "top right": (49, 15),
-    "bottom left": (15, 49),
-    "bottom right": (49, 49),
+    "top-left": (15, 15),
+    "top-right": (49, 15),
+    "bottom-left": (15, 49),
+    "bottom-right": (49, 49),
     "middle": (32, 32),
 }
 IMAGE_SIDE = 64
