@@ -81,6 +81,7 @@ def build_qformer(config: QFormerConfig, encoder_width: int, vocab_size: int | N
         dropout=config.dropout,
         vocab_size=vocab_size,
         max_text_positions=config.max_text_positions,
+        init_std=config.init_std,
     )
 
 

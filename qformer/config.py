@@ -104,6 +104,7 @@ class QFormerConfig:
     cross_attention_frequency: int = _doc(2, "cross-attention to the image in layers 0, f, 2f, ...")
     dropout: float = _doc(0.1, "dropout probability of hidden states and attention")
     max_text_positions: int = _doc(512, "learned text positions")
+    init_std: float = _doc(0.02, "standard deviation of initial weights; narrow models learn sooner from more")
     contrastive_width: int = _doc(256, "width E of the contrastive projections")
 
 

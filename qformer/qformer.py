@@ -131,12 +131,14 @@ class QFormer(nn.Module):
         queries: number of learned query tokens Q.
         encoder_width: Dv of the image features.
         cross_attention_frequency: layers 0, f, 2f, ... look at the image.
+        init_std: standard deviation of initial weights, .02 in BERT.
         vocab_size: words of the text side; None leaves the text side out (stage 2 has no use for it).
     """
 
     def __init__(
         self, *, width: int, layers: int, heads: int, ffn_width: int, queries: int, encoder_width: int,
         cross_attention_frequency: int = 2, dropout: float = 0.1, vocab_size: int | None, max_text_positions: int = 512,
+        init_std: float = 0.02,
     ) -> None:  # fmt: skip
         super().__init__()
         self.width, self.dropout, self.vocab_size, self.max_text_positions = (
@@ -156,19 +158,19 @@ class QFormer(nn.Module):
             )
             for i in range(layers)
         )  # fmt: skip
-        self.reset_parameters()
+        self.reset_parameters(init_std)
 
     @property
     def layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Linear and embedding weights and query tokens normal(0, .02); biases 0; norms 1; query FFN = text FFN."""
-        nn.init.normal_(self.query_tokens, std=0.02)
+    def reset_parameters(self, std: float) -> None:
+        """Linear and embedding weights and query tokens normal(0, std); biases 0; norms 1; query FFN = text FFN."""
+        nn.init.normal_(self.query_tokens, std=std)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         self.copy_text_ffn()

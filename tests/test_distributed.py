@@ -102,7 +102,7 @@ def test_ranks_of_b_are_one_rank_of_all(ranks, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(90)
+        process.join(200)
     alive = [process for process in processes if process.is_alive()]
     for process in alive:
         process.kill()
