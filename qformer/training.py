@@ -6,7 +6,6 @@ learning rate is a function of the step, accumulation is an explicit inner loop,
 """
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from qformer.checkpoint import (
     list_checkpoints,
@@ -30,13 +28,13 @@ from qformer.checkpoint import (
     save_checkpoint,
 )
 from qformer.config import Stage1Config, Stage2Config, to_yaml
-from qformer.data import GlobalBatches, RecordDataset, training_loader
-from qformer.distributed import gather, gather_objects, sum_over_ranks
+from qformer.data import GlobalBatches, RecordDataset, derive_seed, training_loader
+from qformer.distributed import sum_over_ranks
 from qformer.log import ChanceWatch, RunLog, describe_losses
-from qformer.metrics import recall_at_k
 from qformer.models import Output, Prepared, Stage1Model, Stage2Model
 from qformer.objectives import ITM_CHANCE
 from qformer.optim import build_optimizer, lr_at
+from qformer.validation import describe_validation, validate
 
 logger = logging.getLogger(__name__)
 Model = Stage1Model | Stage2Model
@@ -237,82 +235,12 @@ def _forward_backward(
     return metrics, float(norm) if norm is not None else math.nan
 
 
-@torch.no_grad()
-def validate(model: Model, validation: RecordDataset, config: Config, accelerator: Accelerator) -> dict[str, Any]:
-    """Losses on held-out records; stage 1 adds recall@1 both ways over all of them, stage 2 a few captions.
-
-    Every rank reads the same number of records (a broken one is replaced), in the same order at every validation.
-    """
-    options, world = config.train, accelerator.num_processes
-    micro = options.micro_batch_size
-    count = max(1, min(options.validation_records, len(validation)) // (micro * world))
-    batches = GlobalBatches(len(validation), 0, world, accelerator.process_index, micro, 1)
-    loader = iter(training_loader(validation, batches, 0))
-    model.eval()
-    totals: dict[str, float] = {}
-    embeds: list[tuple[Tensor, Tensor, list[str]]] = []
-    captions: list[dict[str, str]] = []
-    for i in range(count):
-        prepared = model.prepare(next(loader).to(accelerator.device), derive_seed("validation", i))
-        tokens = sum_over_ranks(torch.tensor(float(prepared.target_tokens), device=accelerator.device)) / world
-        with accelerator.autocast():
-            output = model(prepared, tokens)
-        _add(totals, {k: float(v) for k, v in output.metrics.items() if k != "temperature"})
-        if output.image_embeds is not None and output.text_embeds is not None:
-            embeds.append((gather(output.image_embeds), gather(output.text_embeds), prepared.batch.image_ids))
-        elif i == 0 and isinstance(model, Stage2Model):
-            captions = _captions(model, prepared, config, accelerator)
-    model.train()
-    means = _means(dict(zip(totals, _sum(list(totals.values()), accelerator.device), strict=True)))
-    found: dict[str, Any] = {f"validation_{k}": v for k, v in means.items()}
-    if embeds:
-        ids = [i for _, _, own in embeds for per_rank in gather_objects(own) for i in per_rank]
-        found |= _recall(torch.cat([i for i, _, _ in embeds]), torch.cat([t for _, t, _ in embeds]), ids)
-    if captions:
-        found["captions"] = captions
-    return found
-
-
-def _recall(image_embeds: Tensor, text_embeds: Tensor, image_ids: list[str]) -> dict[str, float]:
-    """Recall@1 in percent; a picture that several captions share stands once."""
-    first = {name: row for row, name in reversed(list(enumerate(image_ids)))}
-    rows = sorted(first.values())
-    column = {image_ids[row]: i for i, row in enumerate(rows)}
-    best = [(image_embeds[r].float() @ text_embeds.float().T).amax(0) for r in rows]
-    score = recall_at_k(torch.stack(best), torch.tensor([column[i] for i in image_ids]), ks=(1,))
-    return {
-        "validation_image_to_text_recall_1": score.image_to_text[1],
-        "validation_text_to_image_recall_1": score.text_to_image[1],
-    }
-
-
-def _captions(
-    model: Stage2Model, prepared: Prepared, config: Config, accelerator: Accelerator, count: int = 4
-) -> list[dict[str, str]]:
-    assert isinstance(config, Stage2Config)
-    batch = prepared.batch
-    mask = None if batch.image_mask is None else batch.image_mask[:count]
-    with accelerator.autocast():
-        prompt = accelerator.unwrap_model(model.adapter)(*model.encoder(batch.images[:count], mask))
-    said = model.llm.generate(
-        prompt.float(), [config.llm.prompt] * len(prompt), num_beams=1, max_new_tokens=config.llm.caption_max_new_tokens
-    )
-    return [{"said": s, "caption": c} for s, c in zip(said, batch.texts, strict=False)]
-
-
 def chance_levels(model: Model, itc_candidates: int) -> dict[str, float]:
     """What each of stage 1's losses is for a model that has learnt nothing, in nats; stage 2 has no such level."""
     if isinstance(model, Stage2Model):
         return {}
     vocabulary = model.adapter.qformer.vocab_size if hasattr(model.adapter, "qformer") else len(model.tokenizer)
     return {"itc": math.log(itc_candidates), "itm": ITM_CHANCE, "itg": math.log(vocabulary or len(model.tokenizer))}
-
-
-def describe_validation(found: dict[str, Any]) -> str:
-    """One line of numbers, then one of each caption."""
-    numbers = {k.removeprefix("validation_"): v for k, v in found.items() if isinstance(v, float)}
-    lines = [", ".join(f"{k} {v:.3g}" for k, v in numbers.items())]
-    return "\n".join(lines + [f"    {c['said']!r} for {c['caption']!r}" for c in found.get("captions", [])])
 
 
 def model_card(config: Config, step: int, dropped: int) -> str:
@@ -326,11 +254,6 @@ def model_card(config: Config, step: int, dropped: int) -> str:
         f"- data: {', '.join(f'`{s}`' for s in config.data.train)}\n\n"
         '```python\nimport qformer\nmodel = qformer.load("path/to/this/folder")\n```\n'
     )
-
-
-def derive_seed(*parts: object) -> int:
-    """A seed that is a pure function of its parts."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
 
 
 @contextlib.contextmanager

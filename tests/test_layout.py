@@ -14,6 +14,7 @@ FLOORS = [
     ["config.py", "distributed.py", "text.py"],
     ["encoders.py", "language.py", "qformer.py", "objectives.py", "data/", "metrics/", "optim.py", "log.py"],
     ["models.py", "checkpoint.py"],
+    ["validation.py"],
     ["training.py", "interop/", "shapes/"],
     ["build.py"],  # uses interop
     ["inference.py"],  # uses build

@@ -93,7 +93,9 @@ def test_the_tokenizers_know_every_word_of_the_world():
     ids = pretrain.lm_vocabulary()
     opt, t5 = (load_language_model(str(WEIGHTS / name)) for name in ("opt", "t5"))
     for _ in range(50):
-        text = f"{grammar.caption(world.draw_scene(rng), rng)} Question: {(grammar.ask(SCENE, rng) or ('',))[0]} Answer:"
+        text = (
+            f"{grammar.caption(world.draw_scene(rng), rng)} Question: {(grammar.ask(SCENE, rng) or ('',))[0]} Answer:"
+        )
         own = [ids[word] for word in pretrain.WORD.findall(text.lower())]
         assert [opt.tokenizer(text, add_special_tokens=False).input_ids] == [own]
         assert t5.tokenizer(text).input_ids == [*own, ids[pretrain.BOS]]

@@ -2,7 +2,7 @@
 
 from .captions import clean_caption, clean_question
 from .loading import Batch, RecordDataset, Sample, collate, evaluation_loader, training_loader
-from .order import Draw, GlobalBatches, Order
+from .order import Draw, GlobalBatches, Order, derive_seed
 from .records import BrokenRecord, Record, Records, read_records
 from .transforms import ImageTransform, load_features, load_image, to_rgb
 
@@ -20,6 +20,7 @@ __all__ = [
     "clean_caption",
     "clean_question",
     "collate",
+    "derive_seed",
     "evaluation_loader",
     "load_features",
     "load_image",

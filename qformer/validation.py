@@ -1,0 +1,94 @@
+"""Numbers on held-out records while a run trains: losses, recall@1 both ways, a few captions."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from qformer.config import Stage1Config, Stage2Config
+from qformer.data import GlobalBatches, RecordDataset, derive_seed, training_loader
+from qformer.distributed import gather, gather_objects, sum_over_ranks
+from qformer.metrics import recall_at_k
+from qformer.models import Prepared, Stage1Model, Stage2Model
+
+
+@torch.no_grad()
+def validate(
+    model: Stage1Model | Stage2Model,
+    validation: RecordDataset,
+    config: Stage1Config | Stage2Config,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Losses on held-out records; stage 1 adds recall@1 both ways over all of them, stage 2 a few captions.
+
+    Every rank reads the same number of records (a broken one is replaced), in the same order at every validation.
+    """
+    options, world = config.train, accelerator.num_processes
+    micro = options.micro_batch_size
+    count = max(1, min(options.validation_records, len(validation)) // (micro * world))
+    batches = GlobalBatches(len(validation), 0, world, accelerator.process_index, micro, 1)
+    loader = iter(training_loader(validation, batches, 0))
+    model.eval()
+    totals: dict[str, float] = {}
+    embeds: list[tuple[Tensor, Tensor, list[str]]] = []
+    captions: list[dict[str, str]] = []
+    for i in range(count):
+        prepared = model.prepare(next(loader).to(accelerator.device), derive_seed("validation", i))
+        tokens = sum_over_ranks(torch.tensor(float(prepared.target_tokens), device=accelerator.device)) / world
+        with accelerator.autocast():
+            output = model(prepared, tokens)
+        for name, value in output.metrics.items():
+            if name != "temperature":
+                totals[name] = totals.get(name, 0.0) + float(value) / (count * world)
+        if output.image_embeds is not None and output.text_embeds is not None:
+            embeds.append((gather(output.image_embeds), gather(output.text_embeds), prepared.batch.image_ids))
+        elif i == 0 and isinstance(model, Stage2Model):
+            captions = _captions(model, prepared, config, accelerator)
+    model.train()
+    means = sum_over_ranks(torch.tensor(list(totals.values()), device=accelerator.device)).tolist()
+    found: dict[str, Any] = {f"validation_{name}": mean for name, mean in zip(totals, means, strict=True)}
+    if embeds:
+        ids = [i for _, _, own in embeds for per_rank in gather_objects(own) for i in per_rank]
+        found |= _recall(torch.cat([i for i, _, _ in embeds]), torch.cat([t for _, t, _ in embeds]), ids)
+    if captions:
+        found["captions"] = captions
+    return found
+
+
+def _recall(image_embeds: Tensor, text_embeds: Tensor, image_ids: list[str]) -> dict[str, float]:
+    """Recall@1 in percent; a picture that several captions share stands once."""
+    first = {name: row for row, name in reversed(list(enumerate(image_ids)))}
+    rows = sorted(first.values())
+    column = {image_ids[row]: i for i, row in enumerate(rows)}
+    best = [(image_embeds[r].float() @ text_embeds.float().T).amax(0) for r in rows]
+    score = recall_at_k(torch.stack(best), torch.tensor([column[i] for i in image_ids]), ks=(1,))
+    return {
+        "validation_image_to_text_recall_1": score.image_to_text[1],
+        "validation_text_to_image_recall_1": score.text_to_image[1],
+    }
+
+
+def _captions(
+    model: Stage2Model,
+    prepared: Prepared,
+    config: Stage1Config | Stage2Config,
+    accelerator: Accelerator,
+    count: int = 4,
+) -> list[dict[str, str]]:
+    assert isinstance(config, Stage2Config)
+    batch = prepared.batch
+    mask = None if batch.image_mask is None else batch.image_mask[:count]
+    with accelerator.autocast():
+        prompt = accelerator.unwrap_model(model.adapter)(*model.encoder(batch.images[:count], mask))
+    said = model.llm.generate(
+        prompt.float(), [config.llm.prompt] * len(prompt), num_beams=1, max_new_tokens=config.llm.caption_max_new_tokens
+    )
+    return [{"said": s, "caption": c} for s, c in zip(said, batch.texts, strict=False)]
+
+
+def describe_validation(found: dict[str, Any]) -> str:
+    """One line of numbers, then one of each caption."""
+    numbers = {k.removeprefix("validation_"): v for k, v in found.items() if isinstance(v, float)}
+    lines = [", ".join(f"{k} {v:.3g}" for k, v in numbers.items())]
+    return "\n".join(lines + [f"    {c['said']!r} for {c['caption']!r}" for c in found.get("captions", [])])
