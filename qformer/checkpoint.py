@@ -162,18 +162,23 @@ def load_checkpoint(folder: Path, adapter: nn.Module, optimizer: torch.optim.Opt
         raise ValueError(f"{folder} is no checkpoint: it has no {STATE}; expected a folder run.dir/checkpoints/step-N")
     load_strictly(adapter, _load_tensors(folder / TENSORS), str(folder))
     moments = _load_tensors(folder / OPTIMIZER)
+    fused = bool(optimizer.defaults.get("fused"))  # the fused kernel counts its steps on the device
     for name, parameter in adapter.named_parameters():
         optimizer.state[parameter] = {
-            kind: moments[f"{kind}/{name}"].to(parameter.device if kind != "step" else "cpu")
+            kind: moments[f"{kind}/{name}"].to(parameter.device if fused or kind != "step" else "cpu")
             for kind in ("step", "exp_avg", "exp_avg_sq")
             if f"{kind}/{name}" in moments
         }
-    return json.loads((folder / STATE).read_text())
+    try:
+        return json.loads((folder / STATE).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / STATE} is damaged ({error}); resume from another checkpoint") from None
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    found = [p for p in (run_dir / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 # What decides which features and which words an adapter was trained on.

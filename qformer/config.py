@@ -26,6 +26,12 @@ def _doc(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata=metadata)
 
 
+AT_LEAST_ONE = (
+    "train.max_steps", "train.global_batch_size", "train.micro_batch_size", "train.checkpoint_every_steps",
+    "train.keep_checkpoints", "train.log_every_steps", "train.validate_every_steps", "train.validation_records",
+    "qformer.layers", "qformer.width", "qformer.heads", "qformer.ffn_width", "qformer.queries",
+    "qformer.cross_attention_frequency", "qformer.contrastive_width", "llm.num_beams",
+)  # fmt: skip
 PRECISIONS = ("no", "bf16", "fp16")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -197,7 +203,10 @@ def from_dict(values: dict[str, Any]) -> Stage1Config | Stage2Config:
     Raises: ConfigError as `load_config` does.
     """
     root: Any = Stage2Config if "llm" in values else Stage1Config
-    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(root), OmegaConf.create(values), "config.yaml", root))
+    merged = _merge(OmegaConf.structured(root), OmegaConf.create(values), "config.yaml", root)
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(f"config.yaml lacks {', '.join(missing)}")
+    config: Any = OmegaConf.to_object(merged)
     _check(config)
     return config
 
@@ -276,10 +285,9 @@ def _merge(merged: Any, fragment: Any, source: str, root: type) -> Any:
     try:
         return OmegaConf.merge(merged, fragment)
     except OmegaConfBaseException as error:
-        key = error.full_key or ""
-        wanted = (
-            str(getattr(_field(root, key).type, "__name__", _field(root, key).type)) if key in known else "a section"
-        )
+        key = next((k for k in known if (error.full_key or "").startswith(k)), error.full_key or source)
+        kind = _field(root, key).type if key in known else "a section of keys"
+        wanted = str(getattr(kind, "__name__", kind)) if not str(kind).startswith("list") else f"{kind}, written [a, b]"
         raise ConfigError(f"{key}: {OmegaConf.select(fragment, key)!r} in {source} is not {wanted}") from None
 
 
@@ -309,9 +317,26 @@ def _check(config: Stage1Config | Stage2Config) -> None:
         if choices and value not in choices:
             problems.append(f"{key}: {value!r} is not one of {', '.join(choices)}")
     train, qformer = config.train, config.qformer
-    for key in ("max_steps", "global_batch_size", "micro_batch_size", "checkpoint_every_steps", "log_every_steps"):
-        if getattr(train, key) < 1:
-            problems.append(f"train.{key}: {getattr(train, key)} must be at least 1")
+    for key in AT_LEAST_ONE:
+        section, name = key.split(".")
+        if hasattr(config, section) and (value := getattr(getattr(config, section), name)) < 1:
+            problems.append(f"{key}: {value} must be at least 1")
+    if train.seed < 0:
+        problems.append(f"train.seed: {train.seed} must be 0 or more")
+    if not 0 <= config.optim.min_lr <= config.optim.lr:
+        problems.append(f"optim.min_lr: {config.optim.min_lr} is outside 0 to optim.lr ({config.optim.lr})")
+    if not config.data.train:
+        problems.append("data.train: [] names no record file")
+    crop = config.data.crop_scale
+    if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
+        problems.append(f"data.crop_scale: {crop} must be [smallest, largest] with 0 < smallest <= largest <= 1")
+    if not 3 <= config.data.max_text_tokens <= qformer.max_text_positions:
+        problems.append(
+            f"data.max_text_tokens: {config.data.max_text_tokens} is outside 3 to qformer.max_text_positions "
+            f"({qformer.max_text_positions})"
+        )
+    if isinstance(config, Stage1Config) and not 0.001 <= config.stage1.temperature <= 0.5:
+        problems.append(f"stage1.temperature: {config.stage1.temperature} is outside 0.001 to 0.5")
     if train.micro_batch_size > 0 and train.global_batch_size % train.micro_batch_size:
         problems.append(
             f"train.global_batch_size: {train.global_batch_size} must be a multiple of "

@@ -117,6 +117,10 @@ def fit(
             config, resume_from, ("encoder", "llm") if isinstance(config, Stage2Config) else ("encoder",)
         )
         state = load_checkpoint(resume_from, adapter, optimizer)
+        if state["step"] > options.max_steps:
+            raise ValueError(
+                f"{resume_from} is past train.max_steps={options.max_steps}; raise it, or take another run.dir"
+            )
         logger.info("resumed from %s at step %d of %d", resume_from, state["step"], options.max_steps)
     model.adapter, stepper = accelerator.prepare(adapter, optimizer)
     if accelerator.scaler and "scaler" in state:
@@ -181,7 +185,9 @@ def fit(
             if step % options.log_every_steps == 0 or step == options.max_steps:
                 means, timing = window.close()
                 line = means | {f"{name}_chance": value for name, value in chance.items()} | timing
-                line |= {"lr": lr, "itc_negatives": micro * world - 1, "dropped": state["dropped"]}
+                line |= {"lr": lr, "dropped": state["dropped"]} | (
+                    {"itc_negatives": micro * world - 1} if chance else {}
+                )
                 log.log(step, line)
                 accelerator.log(line, step=step)
                 for warning in watch.update(step, means):

@@ -402,7 +402,6 @@ def test_resuming_with_another_encoder_is_refused(stage1_run, tiny, capsys):
     assert "encoder.block=-1" in said
 
 
-@pytest.mark.xfail(strict=True, reason="fit should refuse; StepProgress asserts first_step <= total_steps")
 def test_resuming_past_the_end_is_refused(stage1_run, tiny, capsys):
     said = refused(capsys, 1, tiny.stage1(stage1_run, "train.resume=auto", "train.max_steps=2"))
     assert "train.max_steps" in said
