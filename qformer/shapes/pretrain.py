@@ -11,6 +11,7 @@ import math
 import random
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -321,6 +322,15 @@ VIT = {
 PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "size": 64}
 
 
+def siblings(rng: random.Random) -> list[world.Scene]:
+    """Four training scenes that differ in the shape of one item only: a contrast that colours and places cannot win."""
+    while True:
+        first, *others = world.draw_split(rng, False, rng.choice((1, 1, 2)))
+        scenes: list[world.Scene] = [(replace(first, shape=shape), *others) for shape in world.SHAPES]
+        if not any(map(world.held_out, scenes)):
+            return scenes
+
+
 def school_encoder(steps: int, folder: Path, seed: int = 0, batch: int = 128, lr: float = 1e-3) -> None:
     """Train a CLIP on rendered pictures with captions for `steps` and write it as an open_clip folder (fp16)."""
     from open_clip.loss import ClipLoss
@@ -338,6 +348,8 @@ def school_encoder(steps: int, folder: Path, seed: int = 0, batch: int = 128, lr
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / 100, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         scenes = [world.draw_split(rng, False) for _ in range(batch)]
+        if step > steps // 2:  # by then colours, sizes and places are told apart
+            scenes = [scene for _ in range(batch // 4) for scene in siblings(rng)]
         pictures = torch.stack([pil_to_tensor(world.render(s, rng)).float() / 255 for s in scenes])
         pictures = normalize(pictures, PREPROCESS["mean"], PREPROCESS["std"])
         texts = [[*encode([(grammar.caption(s, rng), 1.0)], ids)[0][:47], end] for s in scenes]
