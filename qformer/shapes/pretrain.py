@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from qformer.optim import lr_at
 from qformer.shapes import grammar, world
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -282,9 +283,10 @@ def school_language_model(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     start, level, right_share = time.time(), 0, 0.0
     for step in range(1, steps + 1):
-        progress = step / steps
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(step / 200, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = lr_at(
+                step - 1, peak_lr=lr, min_lr=lr / 50, warmup_steps=min(200, steps), warmup_lr=0.0, max_steps=steps
+            )
         inputs, labels, weights = language_batch(kind, rng, ids, batch, LEVELS[level])
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(**inputs).logits
@@ -308,7 +310,6 @@ def school_language_model(
                 f"{kind} step {step} {time.time() - start:.0f} s level {level} right {right_share:.3f} told {mean:.1f} {right}",
                 flush=True,
             )
-            model.save_pretrained(f"/tmp/lm_{kind}_{step}") if step % 1000 == 0 else None
     model.half().save_pretrained(folder / kind)
 
 
@@ -346,7 +347,9 @@ def school_encoder(steps: int, folder: Path, seed: int = 0, batch: int = 128, lr
     end = len(ids)  # CLIP reads its text feature where the largest id stands
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(step / 100, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = lr_at(
+                step - 1, peak_lr=lr, min_lr=lr / 50, warmup_steps=min(100, steps), warmup_lr=0.0, max_steps=steps
+            )
         scenes = [world.draw_split(rng, False) for _ in range(batch)]
         if step > steps // 2:  # by then colours, sizes and places are told apart
             scenes = [scene for _ in range(batch // 4) for scene in siblings(rng)]
