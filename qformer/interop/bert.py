@@ -7,28 +7,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
+from qformer.interop.keys import BERT
 from qformer.models import Stage1Adapter
 
-TENSORS = {
-    "bert.embeddings.word_embeddings.weight": "qformer.word_embeddings.weight",
-    "bert.embeddings.position_embeddings.weight": "qformer.position_embeddings.weight",
-    "cls.predictions.bias": "lm_bias",
-}
-MODULES = {  # each has a weight and a bias
-    "bert.embeddings.LayerNorm": "qformer.embedding_norm",
-    "cls.predictions.transform.dense": "lm_transform",
-    "cls.predictions.transform.LayerNorm": "lm_norm",
-}
-LAYER = {
-    "attention.self.query": "attention.query",
-    "attention.self.key": "attention.key",
-    "attention.self.value": "attention.value",
-    "attention.output.dense": "attention.dense",
-    "attention.output.LayerNorm": "attention.norm",
-    "intermediate.dense": "text_ffn.up",
-    "output.dense": "text_ffn.down",
-    "output.LayerNorm": "text_ffn.norm",
-}
+GROWS = (
+    "word_embeddings",
+    "position_embeddings",
+    "lm_bias",
+)  # the vocabulary may have gained tokens, positions may be fewer
 
 
 @torch.no_grad()
@@ -45,24 +31,15 @@ def initialise_from_bert(adapter: Stage1Adapter, bert_id: str) -> None:
             "give a folder or reachable hub id of a BERT, or null to start from random weights"
         ) from None
     source, own = bert.state_dict(), adapter.state_dict()
-    for theirs, ours in key_map(len(adapter.qformer.blocks)).items():
-        _copy(own[ours], source, theirs, bert_id)
+    for ours, theirs in BERT.key_map(own).items():
+        _copy(own[ours], source, theirs, bert_id, may_differ=any(part in ours for part in GROWS))
     adapter.qformer.copy_text_ffn()
 
 
-def key_map(layers: int) -> dict[str, str]:
-    """BERT's tensor names -> those of stage 1's adapter."""
-    modules = dict(MODULES)
-    for i in range(layers):
-        modules |= {f"bert.encoder.layer.{i}.{theirs}": f"qformer.blocks.{i}.{ours}" for theirs, ours in LAYER.items()}
-    return TENSORS | {f"{a}.{kind}": f"{b}.{kind}" for a, b in modules.items() for kind in ("weight", "bias")}
-
-
-def _copy(target: Tensor, source: dict[str, Tensor], name: str, bert_id: str) -> None:
+def _copy(target: Tensor, source: dict[str, Tensor], name: str, bert_id: str, may_differ: bool) -> None:
     if name not in source:
         raise ValueError(f"qformer.init_from={bert_id!r} has no {name}: it is not BERT-shaped or has fewer layers")
     rows = min(len(target), len(source[name]))
-    may_differ = name in TENSORS  # the vocabulary may have gained tokens, positions may be fewer
     if target.shape[1:] != source[name].shape[1:] or (len(target) != len(source[name]) and not may_differ):
         raise ValueError(
             f"qformer.init_from={bert_id!r}: {name} is {list(source[name].shape)}, the config wants {list(target.shape)}; "

@@ -23,7 +23,8 @@ from qformer.shapes import grammar, world
 
 WEIGHTS = Path(__file__).parent / "weights"
 BOS, PAD, UNK, LINE_END = "</s>", "<pad>", "<unk>", "\n"
-WORD = re.compile(r"\n|</s>|<pad>|<unk>|[\w-]+|[^\w\s]")
+BLANKS = [f"<extra_id_{i}>" for i in range(16)]  # T5's sentinels
+WORD = re.compile(r"\n|</s>|<pad>|<unk>|<extra_id_\d+>|[\w-]+|[^\w\s]")
 Pieces = list[tuple[str, float]]  # text, weight of its tokens in the loss
 SEPARATORS = (" , ", " and ", " . ")
 
@@ -52,8 +53,8 @@ NEXT_LEVEL_AT = 0.9  # running share of right answers; one text in 25 has no des
 
 
 def lm_vocabulary() -> dict[str, int]:
-    """Word ids of both language models. OPT's own special ids: 1 pad, 2 begin and end; T5's 0 pad, 1 end follow the same list."""
-    return {word: i for i, word in enumerate(["<s>", PAD, BOS, UNK, LINE_END, *grammar.vocabulary()])}
+    """Word ids of both language models: OPT's own special ids (1 pad, 2 begin and end), the words, T5's blanks."""
+    return {word: i for i, word in enumerate(["<s>", PAD, BOS, UNK, LINE_END, *grammar.vocabulary(), *BLANKS])}
 
 
 def build_tokenizers(folder: Path) -> None:
@@ -146,19 +147,25 @@ def document(rng: random.Random, level: Level) -> Pieces:
 
 
 def seq2seq_pair(rng: random.Random, level: Level) -> tuple[str, Pieces]:
-    """Encoder text and weighted decoder pieces: a question after a description, the rest of a paraphrase, or many questions."""
+    """Encoder text and weighted decoder pieces: the rest of a paraphrase, one question, or many with T5's blanks for answers.
+
+    A text with many blanks teaches the encoder to look up as fast as a text with many answers teaches OPT.
+    """
     scene, kind = draw_text_scene(rng, level), rng.random()
     before = context(scene, rng, level) if rng.random() > 0.04 else ""
-    if kind < 0.4 * level.again:
+    if kind < 0.5 * level.again:
         words = grammar.caption(scene, rng).split()
         cut = rng.randint(0, len(words) // 2)
         return f"{before} {' '.join(words[:cut])}", [(" ".join(words[cut:]), 0.3)]
-    if kind < 0.8:  # the encoder is asked: by the short form first, which it learns sooner
-        short = lookups(scene, rng, 8)[:1] if rng.random() < 0.5 or not level.question_types else []
-        if found := short or questions(scene, rng, level, 1):
-            return f"{before} {found[0][0]}", [(found[0][1], 1.0)]
-    asked = [*lookups(scene, rng, 2 * level.lookups), *questions(scene, rng, level, 3)]
-    return before, [piece for q, a in asked for piece in ((q, 0.05), (a, 1.0))]
+    asked = [*lookups(scene, rng, 2 * level.lookups), *questions(scene, rng, level, 4)]
+    rng.shuffle(asked)
+    if kind > 0.7 and asked:
+        return f"{before} {asked[0][0]}", [(asked[0][1], 1.0)]
+    blanks = list(zip(BLANKS, asked, strict=False))
+    return (
+        " ".join([before, *(f"{q} {blank} ," for blank, (q, _) in blanks)]),
+        [piece for blank, (_, a) in blanks for piece in ((blank, 0.05), (a, 1.0))],
+    )
 
 
 def encode(pieces: Pieces, ids: dict[str, int]) -> tuple[list[int], list[float]]:
@@ -320,14 +327,20 @@ VIT = {
     "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 48, "vocab_size": 96, "width": 128, "heads": 4, "layers": 2},
 }
+ATTRIBUTES = {"size": list(world.SIZES), "colour": list(world.COLOURS), "shape": list(world.SHAPES)}
 PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "size": 64}
 
 
 def siblings(rng: random.Random) -> list[world.Scene]:
-    """Four training scenes that differ in the shape of one item only: a contrast that colours and places cannot win."""
+    """Training scenes that differ in one attribute of one item: a contrast that the other attributes cannot win."""
+    attribute = rng.choice(("shape", "shape", "colour", "size", "place"))
     while True:
-        first, *others = world.draw_split(rng, False, rng.choice((1, 1, 2)))
-        scenes: list[world.Scene] = [(replace(first, shape=shape), *others) for shape in world.SHAPES]
+        first, *others = world.draw_split(rng, False)
+        free = [place for place in world.PLACES if place not in {other.place for other in others}]
+        values: list[str] = {**ATTRIBUTES, "place": free}[attribute]
+        scenes: list[world.Scene] = [
+            (replace(first, **{attribute: value}), *others) for value in rng.sample(values, min(4, len(values)))
+        ]
         if not any(map(world.held_out, scenes)):
             return scenes
 
@@ -350,9 +363,7 @@ def school_encoder(steps: int, folder: Path, seed: int = 0, batch: int = 128, lr
             group["lr"] = lr_at(
                 step - 1, peak_lr=lr, min_lr=lr / 50, warmup_steps=min(100, steps), warmup_lr=0.0, max_steps=steps
             )
-        scenes = [world.draw_split(rng, False) for _ in range(batch)]
-        if step > steps // 2:  # by then colours, sizes and places are told apart
-            scenes = [scene for _ in range(batch // 4) for scene in siblings(rng)]
+        scenes = [scene for _ in range(batch) for scene in siblings(rng)][:batch]
         pictures = torch.stack([pil_to_tensor(world.render(s, rng)).float() / 255 for s in scenes])
         pictures = normalize(pictures, PREPROCESS["mean"], PREPROCESS["std"])
         texts = [[*encode([(grammar.caption(s, rng), 1.0)], ids)[0][:47], end] for s in scenes]
