@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from qformer.checkpoint import Transfer, read_adapter, require_same_parts, transfer
+from qformer.checkpoint import Transfer, load_strictly, read_adapter, require_same_parts, transfer
 from qformer.config import DataConfig, EncoderConfig, LlmConfig, QFormerConfig, Stage1Config, Stage2Config
 from qformer.data import ImageTransform, RecordDataset, read_records
 from qformer.encoders import FrozenEncoder, load_encoder
@@ -44,6 +44,7 @@ def build_language_model(config: LlmConfig) -> FrozenLanguageModel:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
         random_weights=config.random_weights,
+        activation=config.activation,
     )
 
 
@@ -52,8 +53,13 @@ def build_tokenizer(config: QFormerConfig) -> Any:
 
     Raises: ValueError when it cannot be loaded or has no [CLS], [SEP] or padding.
     """
+    name, subfolder = config.tokenizer, ""
+    if (
+        not Path(name).is_dir() and name.count("/") == 2
+    ):  # a folder inside a repository of the hub, as InstructBLIP has it
+        name, _, subfolder = name.rpartition("/")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"qformer.tokenizer={config.tokenizer!r} cannot be loaded ({' '.join(str(error).split())[:160]}); "
@@ -86,11 +92,18 @@ def build_qformer(config: QFormerConfig, encoder_width: int, vocab_size: int | N
 
 
 def build_stage1(config: Stage1Config, initialise: bool = True) -> Stage1Model:
-    """Stage 1's model, its adapter drawn from `train.seed` and, if named, `qformer.init_from`.
+    """Stage 1's model, its adapter from `stage1.init_from`, or drawn from `train.seed` and, if named, `qformer.init_from`.
 
     Args:
         initialise: False where trained tensors are put in right after.
+
+    Raises: ValueError when the adapter to continue from was trained with another encoder, or does not fit.
     """
+    init_from = Path(config.stage1.init_from) if initialise and config.stage1.init_from else None
+    tensors = None
+    if init_from:
+        require_same_parts(config, init_from, ("encoder",))
+        tensors = read_adapter(init_from)
     encoder = build_encoder(config.encoder)
     tokenizer = build_tokenizer(config.qformer)
     torch.manual_seed(config.train.seed)
@@ -104,8 +117,11 @@ def build_stage1(config: Stage1Config, initialise: bool = True) -> Stage1Model:
         config.stage1.itc,
         config.stage1.itm,
         config.stage1.itg,
+        config.qformer.feature_norm_eps,
     )
-    if initialise and config.qformer.init_from:
+    if tensors is not None:
+        load_strictly(adapter, tensors, str(init_from))
+    elif initialise and config.qformer.init_from:
         from qformer.interop.bert import initialise_from_bert
 
         initialise_from_bert(adapter, config.qformer.init_from)
@@ -122,11 +138,13 @@ def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2M
     if init_from:  # mistakes first: a language model takes long to load
         require_same_parts(config, init_from, ("encoder",))
         tensors = read_adapter(init_from)
+    tokenizer = build_tokenizer(config.qformer) if config.stage2.instructed else None
     encoder = build_encoder(config.encoder)
     llm = build_language_model(config.llm)
     torch.manual_seed(config.train.seed)
-    adapter = Stage2Adapter(build_qformer(config.qformer, encoder.width, None), encoder.width, llm.width)
-    model = Stage2Model(encoder, adapter, llm, config.llm.prompt, config.llm.max_target_tokens)
+    qformer = build_qformer(config.qformer, encoder.width, None if tokenizer is None else len(tokenizer))
+    adapter = Stage2Adapter(qformer, encoder.width, llm.width, config.qformer.feature_norm_eps)
+    model = Stage2Model(encoder, adapter, llm, config.llm.prompt, config.llm.max_target_tokens, tokenizer)
     return model, None if tensors is None else transfer(adapter, tensors, str(init_from))
 
 

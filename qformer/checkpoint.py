@@ -54,7 +54,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        for path in scratch.iterdir():
+        for path in (p for p in scratch.rglob("*") if p.is_file()):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():  # a step saved again after a resume
@@ -184,7 +184,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 # What decides which features and which words an adapter was trained on.
 IDENTITY = {
     "encoder": ("loader", "id", "pretrained", "revision", "block", "image_size", "random_weights"),
-    "llm": ("id", "revision", "random_weights"),
+    "llm": ("id", "revision", "random_weights", "activation"),
 }
 
 

@@ -112,10 +112,12 @@ class QFormerConfig:
     max_text_positions: int = _doc(512, "learned text positions")
     init_std: float = _doc(0.02, "standard deviation of initial weights; narrow models learn sooner from more")
     contrastive_width: int = _doc(256, "width E of the contrastive projections")
+    feature_norm_eps: float = _doc(1e-5, "eps of the LayerNorm on frozen features; transformers' checkpoints use 1e-6")
 
 
 @dataclass
 class Stage1Section:
+    init_from: str | None = _doc(None, "adapter folder of stage 1 to continue from; null = begin anew")
     itc: float = _doc(1.0, "weight of image-text contrast")
     itm: float = _doc(1.0, "weight of image-text matching")
     itg: float = _doc(1.0, "weight of image-grounded text generation")
@@ -129,6 +131,10 @@ class LlmConfig:
     revision: str | None = _doc(None, "revision of the hub id")
     random_weights: bool = _doc(False, "build the architecture without its weights, for trials")
     dtype: str = _doc("float32", "dtype of the frozen weights", DTYPES)
+    activation: str | None = _doc(
+        None,
+        "T5's dense_act_fn in place of its own; BLIP-2's adapters for FlanT5 were trained with gelu (the exact one)",
+    )
     trust_remote_code: bool = _doc(False, "run the Python code that comes with the hub id")
     max_target_tokens: int = _doc(32, "tokens of a caption that the loss covers")
     prompt: str = _doc("", "text before the caption in training; not in the loss")
@@ -145,6 +151,7 @@ class LlmConfig:
 @dataclass
 class Stage2Section:
     init_from: str | None = _doc(None, "adapter folder of stage 1; null = a Q-Former from nothing (the ablation)")
+    instructed: bool = _doc(False, "the prompt also enters the Q-Former, beside the queries, as in InstructBLIP")
 
 
 @dataclass
@@ -346,6 +353,8 @@ def _check(config: Stage1Config | Stage2Config) -> None:
         problems.append(
             f"optim.warmup_steps: {config.optim.warmup_steps} is outside 0 to train.max_steps ({train.max_steps})"
         )
+    if qformer.feature_norm_eps <= 0:
+        problems.append(f"qformer.feature_norm_eps: {qformer.feature_norm_eps} must be above 0")
     if qformer.width % qformer.heads:
         problems.append(f"qformer.width: {qformer.width} must be a multiple of qformer.heads ({qformer.heads})")
     if len(config.optim.betas) != 2:

@@ -73,7 +73,7 @@ class VisionLanguageModel:
             "min_new_tokens": llm.caption_min_new_tokens,
         } | generation
         with torch.no_grad():
-            visual_prompt = model.visual_prompt(self.encode(images))
+            visual_prompt = model.visual_prompt(self.encode(images), prompts)
         return model.llm.generate(visual_prompt, prompts, **settings)
 
     def answer(
@@ -107,10 +107,10 @@ class VisionLanguageModel:
         keys = [str(p) if isinstance(p, str | Path) else id(p) for p in images]
         first = dict(zip(keys, images, strict=True))
         row = {key: i for i, key in enumerate(first)}
+        rows = torch.tensor([row[key] for key in keys], device=self.device).expand(len(questions))
         with torch.no_grad():
-            visual_prompt = model.visual_prompt(self.encode(list(first.values())))
-        index = torch.tensor([row[key] for key in keys], device=self.device).expand(len(questions))
-        return model.llm.generate(visual_prompt[index], prompts, **settings)
+            visual_prompt = model.visual_prompt(self.encode(list(first.values())), prompts, rows)
+        return model.llm.generate(visual_prompt, prompts, **settings)
 
     @torch.no_grad()
     def embed_image(self, images: Sequence[Picture]) -> Tensor:

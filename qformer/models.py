@@ -51,13 +51,13 @@ class Stage1Adapter(nn.Module):
 
     def __init__(
         self, qformer: QFormer, encoder_width: int, contrastive_width: int, dec_id: int, label_smoothing: float = 0.1,
-        temperature: float = 0.07, itc: float = 1.0, itm: float = 1.0, itg: float = 1.0,
+        temperature: float = 0.07, itc: float = 1.0, itm: float = 1.0, itg: float = 1.0, feature_norm_eps: float = 1e-5,
     ) -> None:  # fmt: skip
         super().__init__()
         assert qformer.vocab_size is not None
         width = qformer.width
         self.dec_id, self.label_smoothing, self.weights = dec_id, label_smoothing, {"itc": itc, "itm": itm, "itg": itg}
-        self.feature_norm = nn.LayerNorm(encoder_width, eps=1e-5)
+        self.feature_norm = nn.LayerNorm(encoder_width, eps=feature_norm_eps)
         self.qformer = qformer
         self.image_projection = nn.Linear(width, contrastive_width)
         self.text_projection = nn.Linear(width, contrastive_width)
@@ -79,7 +79,7 @@ class Stage1Adapter(nn.Module):
 
     def embed_text(self, text: TextTokens) -> Tensor:
         """float[B, E] of unit length, from [CLS] of the text pass."""
-        hidden = self.qformer.text_pass(text.ids, text.mask)[:, 0]
+        hidden = self.qformer.text_pass(text.ids, text.mask, rows=1)[:, 0]
         return F.normalize(self.text_projection(hidden).float(), dim=-1)
 
     def match(self, images: ImageMemory, text: TextTokens) -> Tensor:
@@ -180,11 +180,7 @@ class Stage1Model(nn.Module):
 
     def tokenize(self, texts: list[str]) -> TextTokens:
         """Tokens of the texts, padded to the longest."""
-        found = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
-        )
-        device = next(self.adapter.parameters()).device
-        return TextTokens(found["input_ids"].to(device), found["attention_mask"].bool().to(device))
+        return tokenize(self.tokenizer, texts, next(self.adapter.parameters()).device, self.max_text_tokens)
 
     def prepare(self, batch: Batch, noise_seed: int) -> Prepared:
         """Tokenize the captions and count ITG's targets."""
@@ -200,18 +196,39 @@ class Stage1Model(nn.Module):
 
 
 class Stage2Adapter(nn.Module):
-    """All that stage 2 trains: feature norm, Q-Former without text, and the projection to the language model's width."""
+    """All that stage 2 trains: feature norm, Q-Former, and the projection to the language model's width.
 
-    def __init__(self, qformer: QFormer, encoder_width: int, llm_width: int) -> None:
+    A Q-Former with a text side is an instructed one: it reads the prompt beside its queries.
+    Source: InstructBLIP (arXiv 2305.06500), section 2.3.
+    """
+
+    def __init__(
+        self, qformer: QFormer, encoder_width: int, llm_width: int, feature_norm_eps: float = 1e-5
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.feature_norm = nn.LayerNorm(encoder_width, eps=1e-5)
+        self.feature_norm = nn.LayerNorm(encoder_width, eps=feature_norm_eps)
         self.qformer = qformer
+        if (unread := qformer.layers[-1].text_ffn) is not None:
+            unread.requires_grad_(False)  # of the last layer only the queries are read: no gradient would ever come
         self.language_projection = nn.Linear(qformer.width, llm_width)
 
-    def forward(self, features: Tensor, image_mask: Tensor | None) -> Tensor:
-        """Frozen features float[B, N, Dv], bool[B, N] | None -> visual prompt float[B, Q, Dl]."""
+    def forward(
+        self, features: Tensor, image_mask: Tensor | None, text: TextTokens | None = None, rows: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Frozen features float[B, N, Dv], bool[B, N] | None -> visual prompt float[R, Q, Dl].
+
+        Args:
+            text: the prompts of an instructed Q-Former, R of them; None for any other.
+            rows: int64[R], the picture of each row, so that one under several prompts is projected once; None = 0 .. B-1.
+        """
+        assert (text is None) == (self.qformer.vocab_size is None), "an instructed Q-Former takes a text, others none"
         normed = self.feature_norm(features.to(self.feature_norm.weight.dtype))
-        return self.language_projection(self.qformer.query_pass(self.qformer.project_images(normed, image_mask)).output)
+        images = self.qformer.project_images(normed, image_mask)
+        if text is None:
+            visual_prompt = self.language_projection(self.qformer.query_pass(images).output)
+            return visual_prompt if rows is None else visual_prompt[rows]
+        images = images if rows is None else images.select(rows)
+        return self.language_projection(self.qformer.matching_pass(images, text.ids, text.mask))
 
 
 class Stage2Model(nn.Module):
@@ -220,19 +237,26 @@ class Stage2Model(nn.Module):
     Args:
         prompt: text before every caption in training; not in the loss.
         max_target_tokens: tokens of a caption that the loss covers.
+        tokenizer: BERT tokenizer of an instructed Q-Former; None for any other.
     """
 
     def __init__(
         self, encoder: FrozenEncoder, adapter: Stage2Adapter, llm: FrozenLanguageModel, prompt: str = "",
-        max_target_tokens: int = 32,
+        max_target_tokens: int = 32, tokenizer: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.encoder, self.adapter, self.llm = encoder, adapter, llm
-        self.prompt, self.max_target_tokens = prompt, max_target_tokens
+        self.prompt, self.max_target_tokens, self.tokenizer = prompt, max_target_tokens, tokenizer
 
-    def visual_prompt(self, features: Features) -> Tensor:
-        """float[B, Q, Dl] of a frozen encoder's features."""
-        return self.adapter(features.tokens, features.mask)
+    def visual_prompt(self, features: Features, prompts: list[str], rows: Tensor | None = None) -> Tensor:
+        """float[R, Q, Dl] of a frozen encoder's features and R prompts, which only an instructed Q-Former reads.
+
+        Args:
+            rows: int64[R], the picture of each prompt; None = one each.
+        """
+        device = next(self.adapter.parameters()).device
+        text = None if self.tokenizer is None else tokenize(self.tokenizer, prompts, device)
+        return self.adapter(features.tokens, features.mask, text, rows)
 
     def prepare(self, batch: Batch, noise_seed: int) -> Prepared:
         """Choose prompts and targets: the caption after the prompt, or for an encoder-decoder its two parts."""
@@ -243,11 +267,20 @@ class Stage2Model(nn.Module):
         return Prepared(batch, (prompts, targets), counted, noise_seed)
 
     def forward(self, prepared: Prepared, targets_per_rank: Tensor) -> Output:
-        visual_prompt = self.visual_prompt(self.encoder(prepared.batch.images, prepared.batch.image_mask))
         prompts, targets = prepared.text
+        features = self.encoder(prepared.batch.images, prepared.batch.image_mask)
+        visual_prompt = self.visual_prompt(features, prompts)
         found = self.llm.loss(visual_prompt, prompts, targets, max_target_tokens=self.max_target_tokens)
         loss = found.total / targets_per_rank
         return Output(loss, {"lm": loss.detach()})
+
+
+def tokenize(tokenizer: Any, texts: list[str], device: torch.device, max_tokens: int | None = None) -> TextTokens:
+    """BERT tokens of the texts, cut at `max_tokens` and padded to the longest."""
+    found = tokenizer(
+        texts, padding=True, truncation=max_tokens is not None, max_length=max_tokens, return_tensors="pt"
+    )
+    return TextTokens(found["input_ids"].to(device), found["attention_mask"].bool().to(device))
 
 
 def split_prefix(text: str, seed: int) -> tuple[str, str]:

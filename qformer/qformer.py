@@ -44,6 +44,19 @@ class QueryPass(NamedTuple):
     keys_values: list[KeysValues]
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Scaled dot-product attention: float[B, H, T, E] over float[B, H, N, E], where bool `mask` is True.
+
+    PyTorch's fused kernel, but on CPUs in bfloat16 plain matrix products: the fused one's gradient is nine times slower.
+    """
+    if query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad:
+        scores = query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return F.dropout(scores.softmax(3), dropout) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
 class Attention(nn.Module):
     """Multi-head attention with BERT's output: dense, dropout, residual, LayerNorm (post-norm)."""
 
@@ -64,7 +77,7 @@ class Attention(nn.Module):
         """float[B, T, D] attending to the keys and values where `mask` (bool, broadcast to [B, H, T, N]) is True."""
         p = self.dropout if self.training else 0.0
         query = self._split(self.query(hidden))
-        read = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, dropout_p=p)
+        read = attend(query, *keys_values, mask, p)
         read = self.dense(read.transpose(1, 2).flatten(2))
         return self.norm(hidden + F.dropout(read, self.dropout, self.training))
 
@@ -101,9 +114,10 @@ class Block(nn.Module):
 
     def forward(
         self, hidden: Tensor, n_queries: int, mask: Tensor | None, image: KeysValues | None,
-        image_mask: Tensor | None, before: KeysValues | None,
+        image_mask: Tensor | None, before: KeysValues | None, rows: int | None = None,
     ) -> tuple[Tensor, KeysValues]:  # fmt: skip
         keys_values = self.attention.keys_values(hidden)
+        hidden = hidden[:, :rows]
         seen = keys_values
         if before is not None:
             seen = (torch.cat([before[0], seen[0]], 2), torch.cat([before[1], seen[1]], 2))
@@ -190,9 +204,9 @@ class QFormer(nn.Module):
         """The queries look at the images and at each other: float[B, Q, D]."""
         return QueryPass(*self._run(self._embed_queries(images), self.query_tokens.shape[1], None, images))
 
-    def text_pass(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """The text alone, every token sees every token: int64[B, T], bool[B, T] -> float[B, T, D]."""
-        return self._run(self._embed_text(text_ids), 0, text_mask[:, None, None, :])[0]
+    def text_pass(self, text_ids: Tensor, text_mask: Tensor, rows: int | None = None) -> Tensor:
+        """The text alone, every token sees every token: int64[B, T], bool[B, T] -> float[B, T, D], or its first `rows`."""
+        return self._run(self._embed_text(text_ids), 0, text_mask[:, None, None, :], rows=rows)[0]
 
     def matching_pass(self, images: ImageMemory, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Queries and text together, everything sees everything: the queries' output float[B, Q, D]."""
@@ -200,7 +214,7 @@ class QFormer(nn.Module):
         n_queries = queries.shape[1]
         hidden = torch.cat([queries, self._embed_text(text_ids)], 1)
         mask = torch.cat([text_mask.new_ones(len(text_mask), n_queries), text_mask], 1)[:, None, None, :]
-        return self._run(hidden, n_queries, mask, images)[0][:, :n_queries]
+        return self._run(hidden, n_queries, mask, images, rows=n_queries)[0]
 
     def causal_pass(self, text_ids: Tensor, text_mask: Tensor, queries: QueryPass) -> Tensor:
         """The text sees all queries and earlier text: float[B, T, D]; the same as the joint mask (module docstring)."""
@@ -220,7 +234,7 @@ class QFormer(nn.Module):
         if text_ids.shape[1] > self.max_text_positions:
             raise ValueError(
                 f"text of {text_ids.shape[1]} tokens is longer than qformer.max_text_positions={self.max_text_positions}; "
-                "lower data.max_text_tokens or raise qformer.max_text_positions"
+                "shorten it, lower data.max_text_tokens, or raise qformer.max_text_positions"
             )
         words = self.word_embeddings(text_ids)
         return self._norm_embedding(words + self.position_embeddings.weight[: text_ids.shape[1]])
@@ -230,13 +244,15 @@ class QFormer(nn.Module):
 
     def _run(
         self, hidden: Tensor, n_queries: int, mask: Tensor | None, images: ImageMemory | None = None,
-        before: list[KeysValues] | None = None,
+        before: list[KeysValues] | None = None, rows: int | None = None,
     ) -> tuple[Tensor, list[KeysValues]]:  # fmt: skip
+        """`rows`: positions of the last layer that somebody reads; the others are not computed there."""
         all_keys_values = []
         image_layers = iter(images.layers if images is not None else ())
         image_mask = images.mask if images is not None else None
         for i, block in enumerate(self.layers):
             image = next(image_layers) if images is not None and block.cross_attention is not None else None
-            hidden, keys_values = block(hidden, n_queries, mask, image, image_mask, before[i] if before else None)
+            read = rows if i == len(self.blocks) - 1 else None
+            hidden, keys_values = block(hidden, n_queries, mask, image, image_mask, before[i] if before else None, read)
             all_keys_values.append(keys_values)
         return hidden, all_keys_values

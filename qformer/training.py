@@ -109,6 +109,8 @@ def fit(
     adapter = model.adapter
     require_disk_space(run_dir, adapter, options.keep_checkpoints)
     model.to(accelerator.device)
+    if isinstance(model, Stage2Model) and accelerator.device.type == "cpu" and options.mixed_precision == "bf16":
+        model.llm.use_plain_attention()
     o = config.optim
     optimizer = build_optimizer(adapter, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay, eps=1e-8)
     state: dict[str, Any] = {"step": 0, "dropped": 0, "window": {}}

@@ -79,10 +79,11 @@ def _captions(
     assert isinstance(config, Stage2Config)
     batch = prepared.batch
     mask = None if batch.image_mask is None else batch.image_mask[:count]
+    prompts = [config.llm.prompt] * len(batch.images[:count])
     with accelerator.autocast():
-        prompt = accelerator.unwrap_model(model.adapter)(*model.encoder(batch.images[:count], mask))
+        visual_prompt = model.visual_prompt(model.encoder(batch.images[:count], mask), prompts)
     said = model.llm.generate(
-        prompt.float(), [config.llm.prompt] * len(prompt), num_beams=1, max_new_tokens=config.llm.caption_max_new_tokens
+        visual_prompt.float(), prompts, num_beams=1, max_new_tokens=config.llm.caption_max_new_tokens
     )
     return [{"said": s, "caption": c} for s, c in zip(said, batch.texts, strict=False)]
 

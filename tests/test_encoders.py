@@ -30,6 +30,8 @@ VISION = {
     "patch_size": 16,
 }
 TEXT = VISION | {"vocab_size": 50, "max_position_embeddings": 8, "num_hidden_layers": 1}
+OPT = {"vocab_size": 50, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+       "word_embed_proj_dim": 32}  # fmt: skip
 PROCESSOR = {
     "image_mean": [0.5, 0.4, 0.3],
     "image_std": [0.1, 0.2, 0.3],
@@ -158,9 +160,31 @@ def vit(folder: Path) -> Case:
     return transformers_case(folder, model, model.vit, model.vit.layers, 5)
 
 
+def blip2_vision(folder: Path) -> Case:
+    model = transformers.Blip2VisionModel(transformers.Blip2VisionConfig(**VISION))
+    return transformers_case(folder, model, model, model.encoder.layers, 5)
+
+
+def blip2(folder: Path) -> Case:
+    """A whole BLIP-2: of it, the vision model."""
+    model = transformers.Blip2ForConditionalGeneration(
+        transformers.Blip2Config(vision_config=VISION, qformer_config=TEXT, text_config={**OPT, "model_type": "opt"})
+    )
+    return transformers_case(folder, model, model.vision_model, model.vision_model.encoder.layers, 5)
+
+
+def instruct_blip(folder: Path) -> Case:
+    model = transformers.InstructBlipForConditionalGeneration(
+        transformers.InstructBlipConfig(
+            vision_config=VISION, qformer_config=TEXT, text_config={**OPT, "model_type": "opt"}
+        )
+    )
+    return transformers_case(folder, model, model.vision_model, model.vision_model.encoder.layers, 5)
+
+
 PICTURES: list[Callable[[Path], Case]] = [
     *(native, timm_vit, timm_registers, timm_eva),
-    *(clip, clip_vision, siglip, dinov2, dinov2_registers, dinov3, vit),
+    *(clip, clip_vision, siglip, dinov2, dinov2_registers, dinov3, vit, blip2_vision, blip2, instruct_blip),
 ]
 
 

@@ -296,7 +296,7 @@ def test_stage2_loss_is_the_language_models_own(tiny, kind):
     batch = collate(samples[:5])
     prepared = model.prepare(batch, 1)
     prompts, targets = prepared.text
-    prompt = model.visual_prompt(model.encoder(batch.images))
+    prompt = model.visual_prompt(model.encoder(batch.images), prompts)
     assert prompt.shape == (5, 4, model.llm.width)
     expected = model.llm.loss(prompt, prompts, targets, reduction="mean")
     torch.testing.assert_close(run(model, batch).loss, expected.total)

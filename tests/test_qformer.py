@@ -292,7 +292,7 @@ def test_text_longer_than_the_positions_is_refused():
     qformer = build()
     ids = torch.ones(1, 9, dtype=torch.long)
     with pytest.raises(
-        ValueError, match=r"9 tokens is longer than qformer\.max_text_positions=8; lower data\.max_text"
+        ValueError, match=r"9 tokens is longer than qformer\.max_text_positions=8; shorten it, lower data\.max_text"
     ):
         qformer.text_pass(ids, ids.bool())
 

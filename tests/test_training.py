@@ -130,6 +130,16 @@ def test_stage2_starts_from_stage1_and_speaks(stage1_run, tiny, tmp_path, kind, 
         model.match([picture], ["a red square"])
 
 
+def test_stage1_continues_from_an_adapter_of_stage1(stage1_run, tiny, tmp_path, capsys):
+    still = ["optim.lr=1e-12", "optim.min_lr=0", "optim.warmup_lr=0", "train.max_steps=1", "optim.warmup_steps=0"]
+    init_from = f"stage1.init_from={stage1_run / 'adapter'}"
+    run_stage(1, tiny.stage1(tmp_path / "s1", init_from, *still))
+    before, after = read_adapter(stage1_run / "adapter"), read_adapter(tmp_path / "s1/adapter")
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    assert "qformer.query_tokens is" in refused(capsys, 1, tiny.stage1(tmp_path / "x", init_from, "qformer.queries=6"))
+    assert "encoder.block=-1" in refused(capsys, 1, tiny.stage1(tmp_path / "y", init_from, "encoder.block=-1"))
+
+
 def test_stage1_and_stage2_learn_from_features(tiny, tmp_path):
     features = tiny.on_features()
     run_stage(1, tiny.stage1(tmp_path / "s1", *features))

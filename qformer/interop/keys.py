@@ -197,7 +197,7 @@ def lavis(language_projection: str = "opt_proj") -> Layout:
         },
         "Qformer.bert.encoder.layer.{}.",
         _block("self"),
-        TIED,
+        {**TIED, r"(opt|t5|llm)_model\..*": "the frozen language model is that of llm.id"},
     )
 
 
@@ -219,6 +219,8 @@ def blip2(embeddings: str = "embeddings", norm: str = "qformer.layernorm") -> La
         {
             r"vision_model\.(embeddings|encoder)\..*": "the frozen encoder stays in its checkpoint",
             r"language_model\..*": "the frozen language model stays in its checkpoint",
+            r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\..*": "of a text side that generation does not use",
+            r"logit_scale": "it becomes the temperature, exp(-logit_scale)",
             r".*\.position_ids": "a count from 0, no weight",
         },
     )

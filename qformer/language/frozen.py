@@ -1,33 +1,15 @@
-"""Frozen language models: text loss with gradient to a visual prompt, and generation from one.
-
-Source: BLIP-2 (arXiv 2301.12597), section 3.3; LAVIS blip2_opt.py and blip2_t5.py. B batch, Q queries, T text tokens,
-L positions of a joined row, Dl width of the language model, V vocabulary.
-"""
+"""What every frozen language model has in common: loss, generation, and rows of visual prompt and text."""
 
 import inspect
-import logging
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qformer.text import IGNORE_INDEX, encode, mask_context, pad_rows, probe_tokenizer, split_prompt
-
-logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from qformer.text import IGNORE_INDEX, pad_rows, probe_tokenizer
 
 
 class LanguageLoss(NamedTuple):
@@ -97,6 +79,10 @@ class FrozenLanguageModel(nn.Module, ABC):
     @property
     def _embedding(self) -> nn.Embedding:
         return cast(nn.Embedding, self.model.get_input_embeddings())
+
+    def use_plain_attention(self) -> None:
+        """Compute attention by plain matrix products: on CPUs in bfloat16 the fused kernel's gradient is far slower."""
+        self.model.set_attn_implementation("eager")
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Input embeddings: int64[B, T] -> float[B, T, Dl]."""
@@ -257,180 +243,6 @@ class FrozenLanguageModel(nn.Module, ABC):
         """float[B, L, Dl] and bool[B, L] to generate from."""
 
 
-@final
-class DecoderOnly(FrozenLanguageModel):
-    """One row holds everything: [visual prompt][BOS text prompt target line-end].
-
-    Without a text prompt BOS is itself a target, predicted from the last query, as in the reference. Without a line-end
-    token EOS ends the target.
-    """
-
-    is_encoder_decoder = False
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        super().__init__(model, tokenizer, name)
-        line_end_id = self.facts.line_end_id
-        if line_end_id is None:
-            logger.warning("llm.id=%r: no single token ends a line; targets end with EOS instead", name)
-        self._end_id = self._stop_ids[0] if line_end_id is None else line_end_id
-
-    def _row(self, prompt: str, target: str, max_target_tokens: int) -> tuple[list[int], list[int]]:
-        context, target_ids = split_prompt(self.tokenizer, prompt, target)
-        if context:
-            context = self.facts.bos_ids + context
-        else:
-            target_ids = self.facts.bos_ids + target_ids
-        return context, [*target_ids, self._end_id][:max_target_tokens]
-
-    def _logits_and_labels(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, rows: list[tuple[list[int], list[int]]]
-    ) -> tuple[Tensor, Tensor]:
-        embeds, mask = self._join(visual_prompt, prompt_mask, [context + target for context, target in rows])
-        if prompt_mask is not None:
-            # Padded queries move to the end: the last real query is what the first text token is predicted from.
-            embeds, mask = _reorder(embeds, mask, _padding_last(mask))
-            lengths = prompt_mask.sum(1).tolist()
-        else:
-            lengths = [0 if visual_prompt is None else visual_prompt.shape[1]] * len(rows)
-        label_rows = [[IGNORE_INDEX] * n + mask_context(*row) for n, row in zip(lengths, rows, strict=True)]
-        next_labels = pad_rows(label_rows, IGNORE_INDEX, width=embeds.shape[1])[0][:, 1:]
-        positions = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
-        inputs = {"inputs_embeds": embeds, "attention_mask": mask.long(), "use_cache": False}
-        if "position_ids" in self._forward_arguments:
-            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
-        if "logits_to_keep" in self._forward_arguments:
-            logits = self.model(**inputs, logits_to_keep=positions.to(embeds.device)).logits
-        else:
-            logits = self.model(**inputs).logits
-            logits = logits[:, positions.to(logits.device)]
-        return logits, next_labels[:, positions]
-
-    def _start(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, prompts: list[str]
-    ) -> tuple[Tensor, Tensor]:
-        rows = [self.facts.bos_ids + encode(self.tokenizer, prompt) for prompt in prompts]
-        embeds, mask = self._join(visual_prompt, prompt_mask, rows, left=True)
-        # The next token is read off the last position. Where no text stands there (no BOS, no prompt), the row's
-        # padding goes to the front instead.
-        as_is = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        return _reorder(embeds, mask, torch.where(mask[:, -1:], as_is, mask.int().argsort(dim=1, stable=True)))
-
-
-@final
-class EncoderDecoder(FrozenLanguageModel):
-    """The encoder reads [visual prompt][text prompt], the decoder writes the target with EOS."""
-
-    is_encoder_decoder = True
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        super().__init__(model, tokenizer, name)
-        start_id = self._special_ids["decoder_start_token_id"]
-        if start_id is None:
-            raise ValueError(
-                f"llm.id={name!r}: decoder_start_token_id=None; expected the id its decoder starts from (T5: the pad "
-                "id, 0). Set it in the model's generation_config.json"
-            )
-        self._start_id: int = start_id
-        end_id = tokenizer.eos_token_id if self.facts.eos_id is None else self.facts.eos_id
-        self._end_id = self._stop_ids[0] if end_id is None else end_id
-
-    def _row(self, prompt: str, target: str, max_target_tokens: int) -> tuple[list[int], list[int]]:
-        target_ids = self.facts.bos_ids + encode(self.tokenizer, target)
-        return self._framed(prompt), [*target_ids[: max_target_tokens - 1], self._end_id]  # EOS survives the cut
-
-    def _framed(self, prompt: str) -> list[int]:
-        end = [] if self.facts.eos_id is None else [self.facts.eos_id]
-        return self.facts.bos_ids + encode(self.tokenizer, prompt) + end
-
-    def _logits_and_labels(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, rows: list[tuple[list[int], list[int]]]
-    ) -> tuple[Tensor, Tensor]:
-        embeds, mask = self._encoder_inputs(visual_prompt, prompt_mask, [context for context, _ in rows])
-        targets = [target for _, target in rows]
-        labels, _ = pad_rows(targets, IGNORE_INDEX)
-        decoder_ids, _ = pad_rows([[self._start_id, *target[:-1]] for target in targets], self.facts.pad_id)
-        logits = self.model(
-            inputs_embeds=embeds,
-            attention_mask=mask.long(),
-            decoder_input_ids=decoder_ids.to(embeds.device),
-            use_cache=False,
-        ).logits
-        return logits, labels
-
-    def _start(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, prompts: list[str]
-    ) -> tuple[Tensor, Tensor]:
-        return self._encoder_inputs(visual_prompt, prompt_mask, [self._framed(prompt) for prompt in prompts])
-
-    def _encoder_inputs(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, ids: list[list[int]]
-    ) -> tuple[Tensor, Tensor]:
-        embeds, mask = self._join(visual_prompt, prompt_mask, ids)
-        # Relative positions are index distances: padding between queries and text would shift them.
-        return (embeds, mask) if prompt_mask is None else _reorder(embeds, mask, _padding_last(mask))
-
-
-def load_language_model(
-    id: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-    device_map: Any = None,
-    random_weights: bool = False,
-) -> FrozenLanguageModel:
-    """Load a causal or sequence-to-sequence language model of transformers; its config says which.
-
-    Args:
-        id: hub id or folder, with its tokenizer.
-        dtype: of the frozen weights: "float32", "bfloat16" or "float16".
-        device_map: passed on to transformers.
-        random_weights: build the architecture from its config with weights drawn from seed 0.
-
-    Raises:
-        ValueError: unknown `dtype`, model or tokenizer not found, not a language model, `device_map` with
-            `random_weights`, or a tokenizer that does not fit (see `probe_tokenizer`).
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"llm.dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-    if random_weights and device_map is not None:
-        raise ValueError(
-            f"llm.random_weights=true with device_map={device_map!r}: expected None; move the model instead"
-        )
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(id, **source)
-        tokenizer = AutoTokenizer.from_pretrained(id, **source)
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if random_weights:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = auto_class.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-        else:
-            model = auto_class.from_pretrained(id, dtype=DTYPES[dtype], device_map=device_map, **source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"llm.id={id!r}: {_why(id)} (transformers says: {_first_line(error)})") from error
-    return (EncoderDecoder if config.is_encoder_decoder else DecoderOnly)(model, tokenizer, id)
-
-
-def _why(id: str) -> str:
-    if Path(id).is_dir():
-        return (
-            "the folder holds no language model that transformers can load; expected config.json, tokenizer and "
-            "weights of a causal or sequence-to-sequence model, set llm.random_weights=true to go without "
-            "weights, or llm.trust_remote_code=true if it brings its own code"
-        )
-    return (
-        "neither a folder here nor a language model that can be fetched or is in the cache; check the spelling and "
-        "llm.revision, download it while online and set llm.id to its folder, or set llm.trust_remote_code=true if it "
-        "brings its own code"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 def _check_visual_prompt(visual_prompt: Tensor | None, prompt_mask: Tensor | None, rows: int, width: int) -> None:
     assert visual_prompt is None or (visual_prompt.shape[0], visual_prompt.shape[2]) == (rows, width)
     if prompt_mask is not None:
@@ -439,10 +251,11 @@ def _check_visual_prompt(visual_prompt: Tensor | None, prompt_mask: Tensor | Non
         assert bool(prompt_mask.any(1).all()), "every row needs a query that is not padding"
 
 
-def _padding_last(mask: Tensor) -> Tensor:
+def padding_last(mask: Tensor) -> Tensor:
     """Positions int64[B, L] in the order that puts the True ones of bool[B, L] first, otherwise as they were."""
     return mask.int().argsort(dim=1, descending=True, stable=True)
 
 
-def _reorder(embeds: Tensor, mask: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+def reorder(embeds: Tensor, mask: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """float[B, L, Dl] and bool[B, L] with the positions int64[B, L] in that order."""
     return embeds.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)

@@ -1,0 +1,84 @@
+"""What every frozen encoder has in common."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What an encoder returns: `tokens` float[B, N, Dv] and `mask` bool[B, N], True at real tokens, None if all are."""
+
+    tokens: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """How pictures were prepared for the weights: side in pixels, mean and std of RGB in [0, 1], interpolation."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+
+class FrozenEncoder(nn.Module, ABC):
+    """A model that turns inputs into tokens, always in eval mode and never with a gradient.
+
+    It computes in the dtype of its weights whatever autocast says, so that cached features equal live ones.
+    `width` is Dv, `num_tokens` N (None if it varies), `input_transform` what `inputs` went through (None for
+    precomputed features), `output_dtype` that of the tokens (None: as computed, for a cache).
+    """
+
+    output_dtype: torch.dtype | None = torch.float32
+
+    def __init__(
+        self, tower: nn.Module | None, width: int, num_tokens: int | None, input_transform: InputTransform | None
+    ) -> None:
+        super().__init__()
+        self.tower = tower
+        self.width = width
+        self.num_tokens = num_tokens
+        self.input_transform = input_transform
+        self.requires_grad_(False)
+        self.eval()
+
+    @abstractmethod
+    def encode(self, inputs: Tensor, mask: Tensor | None) -> Features:
+        """What `forward` runs without gradient, with `inputs` in the dtype of the weights."""
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Features:
+        """Encode a batch.
+
+        Args:
+            inputs: `pixel_values` float[B, 3, S, S] after `input_transform`, or features float[B, N, Dv].
+            mask: bool[B, N], True = real token; only for precomputed features.
+
+        Raises:
+            ValueError: the pictures or features do not have the shape this encoder takes.
+        """
+        if self.input_transform is not None:
+            assert mask is None, "pictures have no token mask"
+            picture = [3, self.input_transform.size, self.input_transform.size]
+            if list(inputs.shape[1:]) != picture:
+                given = f"pixel_values has shape {list(inputs.shape)}, expected [B, {str(picture)[1:]}"
+                raise ValueError(f"{given}; use the encoder's input_transform, or set encoder.image_size")
+        if self.tower is not None:
+            inputs = inputs.to(next(self.tower.parameters()).dtype)
+        with torch.autocast(inputs.device.type, enabled=False):
+            tokens, mask = self.encode(inputs, mask)
+        return Features(tokens.detach().to(self.output_dtype or tokens.dtype), mask)
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        """Stay in eval mode: a frozen encoder has no dropout, whatever the model around it does."""
+        return super().train(False)
+
+
+def block_index(block: int, count: int) -> int:
+    if not -count <= block < count:
+        raise ValueError(f"encoder.block is {block}, expected {-count} to {count - 1}: the encoder has {count} blocks")
+    return block % count

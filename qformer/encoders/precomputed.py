@@ -1,0 +1,34 @@
+"""Features computed elsewhere take the place of an encoder."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .frozen import Features, FrozenEncoder
+from .request import Request
+
+
+@final
+class PrecomputedFeatures(FrozenEncoder):
+    """Features computed elsewhere, passed through with their mask: cached pictures, audio, proteins, point clouds."""
+
+    def __init__(self, width: int, num_tokens: int | None = None) -> None:
+        super().__init__(None, width, num_tokens, None)
+
+    def encode(self, inputs: Tensor, mask: Tensor | None) -> Features:
+        if inputs.ndim != 3 or inputs.shape[2] != self.width or self.num_tokens not in (None, inputs.shape[1]):
+            expected = f"expected [B, {self.num_tokens or 'N'}, {self.width}]"
+            raise ValueError(f"features have shape {list(inputs.shape)}, {expected}; set encoder.width and num_tokens")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != inputs.shape[:2]):
+            expected = f"expected torch.bool {list(inputs.shape[:2])}, True at real tokens"
+            raise ValueError(f"the mask of the features is {mask.dtype} {list(mask.shape)}, {expected}")
+        return Features(inputs, mask)
+
+
+def load_features(request: Request) -> PrecomputedFeatures:
+    """The sizes that `request` names."""
+    request.check_unset("pretrained", "revision", "image_size")
+    if request.width is None:
+        raise ValueError("encoder.width is missing; loader 'features' needs the width of the precomputed features")
+    return PrecomputedFeatures(request.width, request.num_tokens)

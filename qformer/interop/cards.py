@@ -1,0 +1,153 @@
+"""The README.md of an export: what it is, how near it came to ours, and a few lines of code that run it."""
+
+from qformer.config import Stage1Config, Stage2Config
+from qformer.interop.keys import Report
+from qformer.text import PROMPTS
+
+CARD, REST, VISUAL_PROMPTS = "README.md", "projection.safetensors", "visual_prompts.safetensors"
+
+GENERATION = """
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained(".", backend="pil")  # resizes as ours does; torchvision is 1/255 off
+model = AutoModelForImageTextToText.from_pretrained(".")
+inputs = processor(images=Image.open("picture.png"), text="{prompt}", return_tensors="pt")
+ids = model.generate(**inputs, num_beams={beams}, max_new_tokens={tokens}, min_new_tokens={at_least}){without_prompt}
+print(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())
+"""
+
+RETRIEVAL = """
+from PIL import Image
+from transformers import AutoProcessor, Blip2ForImageTextRetrieval
+
+processor = AutoProcessor.from_pretrained(".", backend="pil")  # resizes as ours does; torchvision is 1/255 off
+model = Blip2ForImageTextRetrieval.from_pretrained(".").eval()
+inputs = processor(images=Image.open("picture.png"), text="a photo of a cat", return_tensors="pt")
+print(model(**inputs).logits_per_image)  # cosine similarity
+print(model(**inputs, use_image_text_matching_head=True).logits_per_image.softmax(1))  # no match, match
+"""
+
+QFORMER = """
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+qformer, rest = AutoModel.from_pretrained(".").eval(), load_file("{rest}")
+features = torch.randn(1, 9, {width})  # yours: float[B, N, {width}], {features}
+features = F.layer_norm(features, features.shape[2:], rest["post_layernorm.weight"], rest["post_layernorm.bias"], {eps})
+queries = rest["query_tokens"].expand(len(features), -1, -1){read}
+hidden = qformer(query_embeds={embeds}, query_length={queries}, encoder_hidden_states=features).last_hidden_state
+{name} = F.linear(hidden[:, :{queries}], rest["{projection}.weight"], rest["{projection}.bias"])
+"""
+READ = """
+ids = AutoTokenizer.from_pretrained(".")("{prompt}", return_tensors="pt").input_ids
+words = rest["embeddings.word_embeddings.weight"][ids] + rest["embeddings.position_embeddings.weight"][: ids.shape[1]]"""
+
+PROMPT_EMBEDS = """
+import torch
+from safetensors.torch import load_file
+from transformers import {auto}, AutoTokenizer
+
+llm, tokenizer = {auto}.from_pretrained("{llm}"), AutoTokenizer.from_pretrained("{llm}")
+words = llm.get_input_embeddings()(tokenizer("{prompt}", return_tensors="pt").input_ids)[0]
+prompt_embeds = torch.cat([load_file("{file}")["{picture}"].to(words), words])
+ids = llm.generate(inputs_embeds=prompt_embeds[None], max_new_tokens={tokens})
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+"""
+SERVER = """
+A server of the language model that takes prompt embeddings (vLLM: `--enable-prompt-embeds`) is sent the same tensor:
+
+```python
+import base64, io
+
+buffer = io.BytesIO()
+torch.save(prompt_embeds.detach(), buffer)
+embeds = base64.b64encode(buffer.getvalue()).decode()
+client.completions.create(model="{llm}", prompt="", max_tokens={tokens}, extra_body={{"prompt_embeds": embeds}})
+```
+"""
+
+
+def of_whole(
+    config: Stage1Config | Stage2Config, architecture: str, why: str, keys: Report, differences: dict[str, float],
+    encoder_decoder: bool,
+) -> str:  # fmt: skip
+    """Card of a whole model."""
+    code = RETRIEVAL
+    if isinstance(config, Stage2Config):
+        without = "" if encoder_decoder else '[:, inputs["input_ids"].shape[1] :]'
+        settings = {
+            "beams": config.llm.num_beams,
+            "tokens": config.llm.caption_max_new_tokens,
+            "at_least": config.llm.caption_min_new_tokens,
+        }
+        code = GENERATION.format(prompt=_quoted(config.llm.prompt), without_prompt=without, **settings)
+        question = config.llm.vqa_prompt or PROMPTS["vqa_encoder_decoder" if encoder_decoder else "vqa_decoder_only"]
+        code += f'# a question: text="{_quoted(question.format("what is this?"))}"\n'
+    return _card(config, architecture, why, keys, differences, code)
+
+
+def of_qformer(
+    config: Stage1Config | Stage2Config, architecture: str, why: str, keys: Report, differences: dict[str, float],
+    width: int,
+) -> str:  # fmt: skip
+    """Card of a Q-Former alone; `width` is Dv."""
+    stage2 = isinstance(config, Stage2Config)
+    instructed = isinstance(config, Stage2Config) and config.stage2.instructed
+    queries, words = config.qformer.queries, "words.expand(len(features), -1, -1)"
+    code = QFORMER.format(
+        rest=REST,
+        width=width,
+        features=f"of {config.encoder.id or 'your encoder'}, block {config.encoder.block}, before its final norm",
+        eps=config.qformer.feature_norm_eps,
+        read=READ.format(prompt=_quoted(config.llm.prompt)) if isinstance(config, Stage2Config) and instructed else "",
+        embeds=f"torch.cat([queries, {words}], 1)" if instructed else "queries",
+        queries=queries,
+        name="visual_prompt" if stage2 else "image_embeds",
+        projection="language_projection" if stage2 else "vision_projection",
+    )
+    after = (
+        f"`visual_prompt` float[B, {queries}, Dl] stands before the embedded text of `{config.llm.id}`: "
+        "`inputs_embeds=torch.cat([visual_prompt, words], 1)`.\n"
+        if isinstance(config, Stage2Config)
+        else "`F.normalize(image_embeds, dim=-1)` are the contrastive embeddings, one a query.\n"
+    )
+    return _card(config, architecture, why, keys, differences, code) + "\n" + after
+
+
+def of_visual_prompts(config: Stage2Config, encoder_decoder: bool, prompt: str, picture: str) -> str:
+    """Card of visual prompts, with a picture of theirs as the example."""
+    values = {"llm": config.llm.id, "tokens": config.llm.caption_max_new_tokens}
+    auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+    code = PROMPT_EMBEDS.format(
+        auto=auto, prompt=_quoted(prompt), file=VISUAL_PROMPTS, picture=_quoted(picture), **values
+    )
+    return (
+        f"# Visual prompts for `{config.llm.id}`\n\n`{VISUAL_PROMPTS}` holds float32[{config.qformer.queries}, Dl] by "
+        "picture: what a Q-Former saw, in the language model's input space. Embedded text follows it: "
+        f"[visual prompt; text].\n\n```python{code}```\n" + ("" if encoder_decoder else SERVER.format(**values))
+    )
+
+
+def _card(
+    config: Stage1Config | Stage2Config, architecture: str, why: str, keys: Report, differences: dict[str, float],
+    code: str,
+) -> str:  # fmt: skip
+    llm = [f"- language model: `{config.llm.id}`"] if isinstance(config, Stage2Config) else []
+    far = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    lines = [
+        f"# A Q-Former as transformers' {architecture}",
+        "",
+        f"- {why}",
+        f"- encoder: `{config.encoder.id}` ({config.encoder.loader}), block {config.encoder.block}",
+        *llm,
+        f"- largest difference to the adapter it was made from, on one picture in float32: {far}",
+        *(f"- {line}" for line in keys.lines("the adapter")),
+    ]
+    return "\n".join(lines) + f"\n\n```python{code}```\n"
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,12 @@
+"""Frozen language models: text loss with gradient to a visual prompt, and generation from one.
+
+Source: BLIP-2 (arXiv 2301.12597), section 3.3; LAVIS blip2_opt.py and blip2_t5.py. B batch, Q queries, T text tokens,
+L positions of a joined row, Dl width of the language model, V vocabulary.
+"""
+
+from .decoder_only import DecoderOnly
+from .encoder_decoder import EncoderDecoder
+from .frozen import FrozenLanguageModel, LanguageLoss
+from .loading import load_language_model
+
+__all__ = ["DecoderOnly", "EncoderDecoder", "FrozenLanguageModel", "LanguageLoss", "load_language_model"]

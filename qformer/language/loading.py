@@ -1,0 +1,115 @@
+"""From a config's values to a frozen language model."""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.activations import ACT2FN
+
+from qformer.parts import WHOLE, load_frozen
+
+from .decoder_only import DecoderOnly
+from .encoder_decoder import EncoderDecoder
+from .frozen import FrozenLanguageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_language_model(
+    id: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    device_map: Any = None,
+    random_weights: bool = False,
+    activation: str | None = None,
+) -> FrozenLanguageModel:
+    """Load a causal or sequence-to-sequence language model of transformers; its config says which.
+
+    Args:
+        id: hub id or folder, with its tokenizer; of a whole BLIP-2 or InstructBLIP only the language model is read.
+        dtype: of the frozen weights: "float32", "bfloat16" or "float16".
+        device_map: passed on to transformers.
+        random_weights: build the architecture from its config with weights drawn from seed 0.
+        activation: T5's `dense_act_fn` in place of its own.
+
+    Raises:
+        ValueError: unknown `dtype`, model or tokenizer not found, not a language model, `device_map` with
+            `random_weights`, `activation` for a model without one, missing weights, or a tokenizer that does not fit
+            (see `probe_tokenizer`).
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"llm.dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    if random_weights and device_map is not None:
+        raise ValueError(
+            f"llm.random_weights=true with device_map={device_map!r}: expected None; move the model instead"
+        )
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _errors_named(id):
+        config = AutoConfig.from_pretrained(id, **source)
+        part = "language_model" if config.model_type in WHOLE else None
+        tokenizer = AutoTokenizer.from_pretrained(id, **source)
+    config = config.text_config if part else config
+    if activation is not None:
+        _set_activation(config, activation, id)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with _errors_named(id):
+        if random_weights:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = auto_class.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+        else:
+            model = load_frozen(auto_class, id, config, part, dtype=DTYPES[dtype], device_map=device_map, **source)
+    if part:  # the ids that generation starts from are the language model's; the checkpoint's own file may lack them
+        model.generation_config = GenerationConfig.from_model_config(config)
+    return (EncoderDecoder if config.is_encoder_decoder else DecoderOnly)(model, tokenizer, id)
+
+
+def _set_activation(config: Any, activation: str, id: str) -> None:
+    if not hasattr(config, "dense_act_fn"):
+        raise ValueError(
+            f"llm.activation={activation!r}: llm.id={id!r} is a {config.model_type}, which has no dense_act_fn; only T5 "
+            "has. Set it to null"
+        )
+    if activation not in ACT2FN:
+        near = ", ".join(difflib.get_close_matches(activation, list(ACT2FN), cutoff=0.0))
+        raise ValueError(f"llm.activation={activation!r} is no activation of transformers; nearest: {near}")
+    config.dense_act_fn = activation
+
+
+@contextmanager
+def _errors_named(id: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"llm.id={id!r}: {_why(id)} (transformers says: {_first_line(error)})") from error
+
+
+def _why(id: str) -> str:
+    if Path(id).is_dir():
+        return (
+            "the folder holds no language model that transformers can load; expected config.json, tokenizer and "
+            "weights of a causal or sequence-to-sequence model, set llm.random_weights=true to go without "
+            "weights, or llm.trust_remote_code=true if it brings its own code"
+        )
+    return (
+        "neither a folder here nor a language model that can be fetched or is in the cache; check the spelling and "
+        "llm.revision, download it while online and set llm.id to its folder, or set llm.trust_remote_code=true if it "
+        "brings its own code"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
