@@ -272,6 +272,16 @@ def test_stage_2_with_another_language_model_starts_from_an_imported_stage_1(sta
     assert len(read_adapter(tmp_path / "run" / "adapter")) == len(model.adapter.state_dict())
 
 
+def test_stage_1_continues_from_an_imported_stage_1(stage1, tiny, tmp_path):
+    config = stage1.out / "config.yaml"  # of the import; data, run and training are this run's
+    run_stage(1, [
+        str(config), f"run.dir={tmp_path / 'run'}", f"data.train=[{tiny.records}]", *TRAINING, "train.max_steps=1",
+        f"stage1.init_from={stage1.out}", "optim.warmup_lr=0",
+    ])  # fmt: skip
+    before, after = read_adapter(stage1.out), read_adapter(tmp_path / "run" / "adapter")
+    assert all(before[name].allclose(after[name], atol=2e-3) for name in before)  # a step of lr 1e-3 at most
+
+
 def _training_step(stage1, monkeypatch):
     """Loss of the recorded batch and negatives, and its gradient by our names."""
     drawn = [(stage1[f"in.neg_{kind}_idx"], torch.ones(4, dtype=torch.bool)) for kind in ("image", "text")]
