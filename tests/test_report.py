@@ -177,13 +177,14 @@ def test_ctrl_c_lets_the_part_save_and_says_how_to_go_on(tmp_path, capfd):
         f"signal.signal(signal.SIGTERM, save); pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
     )
 
-    def press(experiment):
+    def press():
         while not (ready.exists() and experiment._running):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(SystemExit) as ended, open_experiment(tmp_path) as experiment:
-        threading.Thread(target=press, args=(experiment,)).start()
+    experiment = open_experiment(tmp_path)
+    threading.Thread(target=press).start()
+    with pytest.raises(SystemExit) as ended, experiment:
         experiment.run(python("training", code))
     assert ended.value.code == 130
     assert saved.exists()

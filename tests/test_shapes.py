@@ -9,7 +9,7 @@ from PIL import Image
 from qformer.data import read_records
 from qformer.encoders import load_encoder
 from qformer.language import load_language_model
-from qformer.shapes import grammar, pretrain, world
+from qformer.shapes import grammar, pretrain, texts, world
 from qformer.shapes.world import Item
 from qformer.shapes.write import write_world
 
@@ -46,10 +46,10 @@ def test_nothing_trains_on_a_question(folder):
 
 def test_every_school_text_is_about_a_training_scene(monkeypatch):
     seen = []
-    monkeypatch.setattr(pretrain.world, "draw_split", lambda rng, validation, n=None: seen.append(validation) or SCENE)
-    for level in pretrain.LEVELS:
-        pretrain.document(random.Random(0), level)
-        pretrain.seq2seq_pair(random.Random(0), level)
+    monkeypatch.setattr(texts.world, "draw_split", lambda rng, validation, n=None: seen.append(validation) or SCENE)
+    for level in texts.LEVELS:
+        texts.document(random.Random(0), level)
+        texts.seq2seq_pair(random.Random(0), level)
     assert seen
     assert not any(seen)
 
@@ -90,7 +90,7 @@ def test_answers_are_true_and_unambiguous(question_type, expected):
 
 def test_the_tokenizers_know_every_word_of_the_world():
     rng = random.Random(5)
-    ids = pretrain.lm_vocabulary()
+    ids = texts.lm_vocabulary()
     opt, t5 = (load_language_model(str(WEIGHTS / name)) for name in ("opt", "t5"))
     for _ in range(50):
         text = (

@@ -9,52 +9,36 @@ import argparse
 import json
 import math
 import random
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from qformer.optim import lr_at
 from qformer.shapes import grammar, world
+from qformer.shapes.texts import (
+    BOS,
+    LEVELS,
+    PAD,
+    SEQ2SEQ_LEVELS,
+    UNK,
+    WORD,
+    Level,
+    document,
+    encode,
+    lm_vocabulary,
+    pad,
+    seq2seq_pair,
+)
 
 WEIGHTS = Path(__file__).parent / "weights"
-BOS, PAD, UNK, LINE_END = "</s>", "<pad>", "<unk>", "\n"
-BLANKS = [f"<extra_id_{i}>" for i in range(16)]  # T5's sentinels
-WORD = re.compile(r"\n|</s>|<pad>|<unk>|<extra_id_\d+>|[\w-]+|[^\w\s]")
-Pieces = list[tuple[str, float]]  # text, weight of its tokens in the loss
-SEPARATORS = (" , ", " and ", " . ")
-
-
-class Level(NamedTuple):
-    """How hard the texts are: binding a word to its item is learnt on the simplest of them first."""
-
-    forms: int
-    items: tuple[int, ...]
-    question_types: tuple[str, ...]
-    again: float  # share of texts that say the scene again
-    lookups: int  # short look-ups ("circle colour: red") in a text: many answers in few tokens
-
-
-LEVELS = (
-    Level(2, (2, 3), (), 0.0, 16),
-    Level(4, (2, 3), ("colour", "shape", "size", "place"), 0.2, 8),
-    Level(len(grammar.FORMS), (1, 2, 2, 3, 3), grammar.QUESTION_TYPES, 0.4, 5),
-    # Comparing two items takes longest to learn: half of the questions, once everything else is known.
-    Level(len(grammar.FORMS), (1, 2, 2, 3, 3), grammar.QUESTION_TYPES + ("relation",) * 6, 0.3, 2),
-)
 NEXT_LEVEL_AT = 0.9  # running share of right answers; one text in 25 has no description
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizers
-
-
-def lm_vocabulary() -> dict[str, int]:
-    """Word ids of both language models: OPT's own special ids (1 pad, 2 begin and end), the words, T5's blanks."""
-    return {word: i for i, word in enumerate(["<s>", PAD, BOS, UNK, LINE_END, *grammar.vocabulary(), *BLANKS])}
 
 
 def build_tokenizers(folder: Path) -> None:
@@ -92,92 +76,6 @@ def build_tokenizers(folder: Path) -> None:
     ).save_pretrained(folder / "bert")  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------- texts
-
-
-def draw_text_scene(rng: random.Random, level: Level) -> world.Scene:
-    return world.draw_split(rng, False, rng.choice(level.items))
-
-
-def context(scene: world.Scene, rng: random.Random, level: Level) -> str:
-    """What stands before: the scene described in any form of the level, rarely with an opening."""
-    if level is LEVELS[-1] and rng.random() < 0.5:
-        said = grammar.caption(scene, rng)
-    else:
-        said = grammar.describe(scene, rng, grammar.FORMS[: level.forms], SEPARATORS)
-    return rng.choice(("", "", "", "a photo of ", "this picture shows ", "caption: ")) + said
-
-
-def questions(scene: world.Scene, rng: random.Random, level: Level, count: int) -> list[grammar.QA]:
-    """Up to `count` questions with their answers, in the prompts of BLIP-2."""
-    asked = (
-        grammar.ask(scene, rng, rng.choice(level.question_types)) for _ in range(count if level.question_types else 0)
-    )
-    return [
-        (f"question: {q if rng.random() < 0.8 else q.rstrip('?')} {'short ' if rng.random() < 0.3 else ''}answer:", a)
-        for q, a in filter(None, asked)
-    ]
-
-
-def lookups(scene: world.Scene, rng: random.Random, count: int) -> list[grammar.QA]:
-    """Up to `count` look-ups of one attribute by another that only one item has."""
-    found = []
-    for _ in range(count):
-        item = rng.choice(scene)
-        key, wanted = rng.sample(("colour", "shape", "place", "size"), 2)
-        if key != "size" and sum(getattr(i, key) == getattr(item, key) for i in scene) == 1:
-            name = "where" if wanted == "place" else wanted
-            found.append((f"{getattr(item, key)} {name}:", getattr(item, wanted)))
-    return found
-
-
-def document(rng: random.Random, level: Level) -> Pieces:
-    """A text as pieces with the weight of their tokens in the loss: what was said, said again, and asked about."""
-    scene = draw_text_scene(rng, level)
-    pieces: Pieces = [] if rng.random() < 0.5 else [(BOS, 0.0)]
-    if rng.random() > 0.04:
-        pieces += [(context(scene, rng, level), 0.1), (rng.choice((BOS, BOS, LINE_END, "")), 0.0)]
-    if rng.random() < level.again:
-        pieces.append((rng.choice(("", "", "a photo of ", "caption: ")) + grammar.caption(scene, rng) + LINE_END, 0.3))
-    for asked, answer in lookups(scene, rng, level.lookups if rng.random() < 0.5 or not level.question_types else 0):
-        pieces += [(asked, 0.05), (answer, 1.0), (",", 0.0)]
-    for asked, answer in questions(scene, rng, level, rng.randint(2, 6)):
-        pieces += [(asked, 0.05), (answer, 1.0), (LINE_END, 0.2)]
-    return pieces
-
-
-def seq2seq_pair(rng: random.Random, level: Level) -> tuple[str, Pieces]:
-    """Encoder text and weighted decoder pieces: the rest of a paraphrase, one question, or many with T5's blanks for answers.
-
-    A text with many blanks teaches the encoder to look up as fast as a text with many answers teaches OPT.
-    """
-    scene, kind = draw_text_scene(rng, level), rng.random()
-    before = context(scene, rng, level) if rng.random() > 0.04 else ""
-    if kind < 0.5 * level.again:
-        words = grammar.caption(scene, rng).split()
-        cut = rng.randint(0, len(words) // 2)
-        return f"{before} {' '.join(words[:cut])}", [(" ".join(words[cut:]), 0.3)]
-    asked = [*lookups(scene, rng, 2 * level.lookups), *questions(scene, rng, level, 4)]
-    rng.shuffle(asked)
-    if kind > 0.7 and asked:
-        return f"{before} {asked[0][0]}", [(asked[0][1], 1.0)]
-    blanks = list(zip(BLANKS, asked, strict=False))
-    return (
-        " ".join([before, *(f"{q} {blank} ," for blank, (q, _) in blanks)]),
-        [piece for blank, (_, a) in blanks for piece in ((blank, 0.05), (a, 1.0))],
-    )
-
-
-def encode(pieces: Pieces, ids: dict[str, int]) -> tuple[list[int], list[float]]:
-    tokens = [(ids[w], weight) for text, weight in pieces for w in WORD.findall(text)]
-    return [t for t, _ in tokens], [w for _, w in tokens]
-
-
-def pad(rows: list[list], value) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-
-
 # ---------------------------------------------------------------------------------------------------- language models
 
 
@@ -200,7 +98,7 @@ def build_language_model(kind: str) -> Any:
         return model
     model = T5ForConditionalGeneration(
         T5Config(
-            vocab_size=size, d_model=128, d_kv=16, d_ff=384, num_layers=4, num_decoder_layers=2, num_heads=8,
+            vocab_size=size, d_model=128, d_kv=32, d_ff=384, num_layers=4, num_decoder_layers=3, num_heads=8,
             dropout_rate=0.0, feed_forward_proj="gated-gelu", pad_token_id=ids[PAD],
             eos_token_id=ids[BOS], **tied,
         )
@@ -208,7 +106,7 @@ def build_language_model(kind: str) -> Any:
     for stack, offsets in ((model.encoder, (-1, 1, -2, -3)), (model.decoder, (-1, -2, -3))):
         bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         for head, offset in enumerate(offsets):  # T5's buckets: words before count from 0, words after from half
-            bias.data[-offset if offset < 0 else len(bias) // 2 + offset, head] = 5.0
+            bias.data[-offset if offset < 0 else len(bias) // 2 + offset, head] = 8.0
     return model
 
 
@@ -287,6 +185,8 @@ def school_language_model(
     torch.manual_seed(seed)
     rng, ids = random.Random(seed), lm_vocabulary()
     model = build_language_model(kind)
+    model.set_attn_implementation("eager")  # on CPUs in bfloat16 the fused kernel's gradient is far slower
+    levels = LEVELS if kind == "opt" else SEQ2SEQ_LEVELS
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     start, level, right_share = time.time(), 0, 0.0
     for step in range(1, steps + 1):
@@ -294,7 +194,9 @@ def school_language_model(
             group["lr"] = lr_at(
                 step - 1, peak_lr=lr, min_lr=lr / 50, warmup_steps=min(200, steps), warmup_lr=0.0, max_steps=steps
             )
-        inputs, labels, weights = language_batch(kind, rng, ids, batch, LEVELS[level])
+        inputs, labels, weights = language_batch(
+            kind, rng, ids, batch * (4 if kind == "t5" and level else 1), levels[level]
+        )
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(**inputs).logits
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
@@ -307,7 +209,7 @@ def school_language_model(
         right_share += 0.02 * ((logits.argmax(-1) == labels)[answers].float().mean().item() - right_share)
         if step % 50 == 0:
             print(f"{kind} step {step} {time.time() - start:.0f} s level {level} right {right_share:.3f}", flush=True)
-        if right_share > NEXT_LEVEL_AT and level < len(LEVELS) - 1:
+        if right_share > NEXT_LEVEL_AT and level < len(levels) - 1:
             level, right_share = level + 1, 0.0
             print(f"{kind} step {step}: level {level}", flush=True)
         if step % 250 == 0 and level:

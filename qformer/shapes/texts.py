@@ -1,0 +1,128 @@
+"""What the small language models read at school: descriptions, paraphrases, questions about a description; never a picture.
+
+Texts are lists of pieces with the weight that their tokens have in the loss: an answer is one word among thirty.
+"""
+
+import random
+import re
+from typing import NamedTuple
+
+import torch
+
+from qformer.shapes import grammar, world
+
+BOS, PAD, UNK, LINE_END = "</s>", "<pad>", "<unk>", "\n"
+WORD = re.compile(r"\n|</s>|<pad>|<unk>|[\w-]+|[^\w\s]")
+Pieces = list[tuple[str, float]]  # text, weight of its tokens in the loss
+SEPARATORS = (" , ", " and ", " . ")
+
+
+class Level(NamedTuple):
+    """How hard the texts are: binding a word to its item is learnt on the simplest of them first."""
+
+    forms: int
+    items: tuple[int, ...]
+    question_types: tuple[str, ...]
+    again: float  # share of texts that say the scene again
+    lookups: int  # short look-ups ("circle colour: red") in a text: many answers in few tokens
+
+
+LEVELS = (
+    Level(2, (2, 3), (), 0.0, 16),
+    Level(4, (2, 3), ("colour", "shape", "size", "place"), 0.2, 8),
+    Level(len(grammar.FORMS), (1, 2, 2, 3, 3), grammar.QUESTION_TYPES, 0.4, 5),
+    # Comparing two items takes longest to learn: half of the questions, once everything else is known.
+    Level(len(grammar.FORMS), (1, 2, 2, 3, 3), grammar.QUESTION_TYPES + ("relation",) * 6, 0.3, 2),
+)
+SEQ2SEQ_LEVELS = (LEVELS[0], Level(2, (2, 3), (), 0.0, 16), *LEVELS[1:])  # the same, asked in the encoder
+
+
+def lm_vocabulary() -> dict[str, int]:
+    """Word ids of both language models. OPT's own special ids: 1 pad, 2 begin and end; T5 uses the same."""
+    return {word: i for i, word in enumerate(["<s>", PAD, BOS, UNK, LINE_END, *grammar.vocabulary()])}
+
+
+def draw_text_scene(rng: random.Random, level: Level) -> world.Scene:
+    return world.draw_split(rng, False, rng.choice(level.items))
+
+
+def context(scene: world.Scene, rng: random.Random, level: Level) -> str:
+    """What stands before: the scene described in any form of the level, rarely with an opening."""
+    if level is LEVELS[-1] and rng.random() < 0.5:
+        said = grammar.caption(scene, rng)
+    else:
+        said = grammar.describe(scene, rng, grammar.FORMS[: level.forms], SEPARATORS)
+    return rng.choice(("", "", "", "a photo of ", "this picture shows ", "caption: ")) + said
+
+
+def questions(scene: world.Scene, rng: random.Random, level: Level, count: int) -> list[grammar.QA]:
+    """Up to `count` questions with their answers, in the prompts of BLIP-2."""
+    asked = (
+        grammar.ask(scene, rng, rng.choice(level.question_types)) for _ in range(count if level.question_types else 0)
+    )
+    return [
+        (f"question: {q if rng.random() < 0.8 else q.rstrip('?')} {'short ' if rng.random() < 0.3 else ''}answer:", a)
+        for q, a in filter(None, asked)
+    ]
+
+
+def lookups(scene: world.Scene, rng: random.Random, count: int) -> list[grammar.QA]:
+    """Up to `count` look-ups of one attribute by another that only one item has."""
+    found = []
+    for _ in range(count):
+        item = rng.choice(scene)
+        key, wanted = rng.sample(("colour", "shape", "place", "size"), 2)
+        if key != "size" and sum(getattr(i, key) == getattr(item, key) for i in scene) == 1:
+            name = "where" if wanted == "place" else wanted
+            found.append((f"{getattr(item, key)} {name}:", getattr(item, wanted)))
+    return found
+
+
+def document(rng: random.Random, level: Level) -> Pieces:
+    """A text as pieces with the weight of their tokens in the loss: what was said, said again, and asked about."""
+    scene = draw_text_scene(rng, level)
+    pieces: Pieces = [] if rng.random() < 0.5 else [(BOS, 0.0)]
+    if rng.random() > 0.04:
+        pieces += [(context(scene, rng, level), 0.1), (rng.choice((BOS, BOS, LINE_END, "")), 0.0)]
+    if rng.random() < level.again:
+        pieces.append((rng.choice(("", "", "a photo of ", "caption: ")) + grammar.caption(scene, rng) + LINE_END, 0.3))
+    for asked, answer in lookups(scene, rng, level.lookups if rng.random() < 0.5 or not level.question_types else 0):
+        pieces += [(asked, 0.05), (answer, 1.0), (",", 0.0)]
+    for asked, answer in questions(scene, rng, level, rng.randint(2, 6)):
+        pieces += [(asked, 0.05), (answer, 1.0), (LINE_END, 0.2)]
+    return pieces
+
+
+def seq2seq_pair(rng: random.Random, level: Level) -> tuple[str, Pieces]:
+    """Encoder text and weighted decoder pieces: the rest of a paraphrase, look-ups in the decoder, or one question.
+
+    A question in the encoder has one answer where a text with look-ups has sixteen, and is learnt as much later. So the
+    look-ups come first, and then the decoder is given the last words of the question, from all of them to none: it reads
+    in the encoder what it is not given.
+    """
+    scene, kind = draw_text_scene(rng, level), rng.random()
+    before = context(scene, rng, level) if rng.random() > 0.04 else ""
+    if kind < 0.4 * level.again:
+        words = grammar.caption(scene, rng).split()
+        cut = rng.randint(0, len(words) // 2)
+        return f"{before} {' '.join(words[:cut])}", [(" ".join(words[cut:]), 0.3)]
+    short = lookups(scene, rng, level.lookups)
+    if level is SEQ2SEQ_LEVELS[0]:
+        return before, [piece for asked, answer in short for piece in ((asked, 0.05), (answer, 1.0))]
+    found = short[:1] if rng.random() < 0.5 or not level.question_types else questions(scene, rng, level, 1)
+    if not found:
+        return seq2seq_pair(rng, level)
+    asked, answer = found[0]
+    words = WORD.findall(asked)
+    given = [] if rng.random() < 0.4 else words[rng.randrange(len(words)) :]
+    return f"{before} {asked}", [*([(",", 0.0), (" ".join(given), 0.5)] if given else []), (answer, 1.0)]
+
+
+def encode(pieces: Pieces, ids: dict[str, int]) -> tuple[list[int], list[float]]:
+    tokens = [(ids[w], weight) for text, weight in pieces for w in WORD.findall(text)]
+    return [t for t, _ in tokens], [w for _, w in tokens]
+
+
+def pad(rows: list[list], value) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
