@@ -7,10 +7,19 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from qformer.checkpoint import Transfer, load_strictly, read_adapter, require_same_parts, transfer
+from qformer.checkpoint import IDENTITY, Transfer, load_strictly, read_adapter, require_same_parts, transfer
 from qformer.config import DataConfig, EncoderConfig, LlmConfig, QFormerConfig, Stage1Config, Stage2Config
-from qformer.data import ImageTransform, RecordDataset, read_records
-from qformer.encoders import FrozenEncoder, load_encoder
+from qformer.data import (
+    CacheWriter,
+    FeatureCache,
+    ImageTransform,
+    Manifest,
+    RecordDataset,
+    Records,
+    differences,
+    read_records,
+)
+from qformer.encoders import FrozenEncoder, PrecomputedFeatures, load_encoder
 from qformer.language import FrozenLanguageModel, load_language_model
 from qformer.models import Stage1Adapter, Stage1Model, Stage2Adapter, Stage2Model
 from qformer.qformer import QFormer
@@ -18,10 +27,18 @@ from qformer.qformer import QFormer
 logger = logging.getLogger(__name__)
 
 DEC = "[DEC]"
+COVERAGE_RECORDS = 4096  # looked up in a feature cache before training; the rest is when it is read
 
 
-def build_encoder(config: EncoderConfig) -> FrozenEncoder:
-    """The frozen encoder that `encoder.*` names."""
+def build_encoder(config: EncoderConfig, data: DataConfig | None = None) -> FrozenEncoder:
+    """The frozen encoder that `encoder.*` names, or its stand-in where `data.features` holds what it would say.
+
+    Raises: ValueError when the cache is of another encoder, or cannot be read.
+    """
+    if data is not None and data.features is not None:
+        found = FeatureCache(data.features).manifest
+        _require_cache_of(config, data, found)
+        return PrecomputedFeatures(found.features["width"], found.features["num_tokens"])
     return load_encoder(
         config.loader,
         config.id,
@@ -104,7 +121,7 @@ def build_stage1(config: Stage1Config, initialise: bool = True) -> Stage1Model:
     if init_from:
         require_same_parts(config, init_from, ("encoder",))
         tensors = read_adapter(init_from)
-    encoder = build_encoder(config.encoder)
+    encoder = build_encoder(config.encoder, config.data)
     tokenizer = build_tokenizer(config.qformer)
     torch.manual_seed(config.train.seed)
     adapter = Stage1Adapter(
@@ -139,7 +156,7 @@ def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2M
         require_same_parts(config, init_from, ("encoder",))
         tensors = read_adapter(init_from)
     tokenizer = build_tokenizer(config.qformer) if config.stage2.instructed else None
-    encoder = build_encoder(config.encoder)
+    encoder = build_encoder(config.encoder, config.data)
     llm = build_language_model(config.llm)
     torch.manual_seed(config.train.seed)
     qformer = build_qformer(config.qformer, encoder.width, None if tokenizer is None else len(tokenizer))
@@ -151,14 +168,22 @@ def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2M
 def build_dataset(
     config: DataConfig, encoder: FrozenEncoder, split: str, seed: int, sources: list[str] | None = None
 ) -> RecordDataset:
-    """Captioned records of `data.train` or `data.validation`, with the encoder's own input transform."""
+    """Captioned records of `data.train` or `data.validation`, with the encoder's own input transform.
+
+    Raises: ValueError when records cannot be read, or `data.features` was written without them.
+    """
+    records = read_records(sources or getattr(config, split), root=config.root, key=f"data.{split}")
+    features = FeatureCache(config.features) if config.features else None
+    if features is not None:
+        _require_covered(records, features, split)
     return RecordDataset(
-        read_records(sources or getattr(config, split), root=config.root, key=f"data.{split}"),
+        records,
         build_transform(encoder, config),
         seed=seed,
         augment=config.augment and split == "train",
         text="caption",
         clean=True,
+        features=features,
     )
 
 
@@ -169,3 +194,64 @@ def build_transform(encoder: FrozenEncoder, config: DataConfig) -> ImageTransfor
         return None
     low, high = config.crop_scale
     return ImageTransform(given.size, given.mean, given.std, given.interpolation, crop_scale=(low, high))
+
+
+def build_cache_writer(
+    config: Stage1Config | Stage2Config, *, dtype: str, crops: int, shard_bytes: float
+) -> tuple[CacheWriter, FrozenEncoder]:
+    """What writes `data.features` for the records of `data.train` and `data.validation`, and the encoder it asks.
+
+    Raises: ValueError when `data.features` is not set or holds a cache of something else, or as `CacheWriter` does.
+    """
+    data = config.data
+    if data.features is None:
+        raise ValueError("data.features is missing: the folder that the cache is written to")
+    sources = [*data.train, *data.validation]
+    records = read_records(sources, root=data.root, key="data.train")
+    encoder = build_encoder(config.encoder)
+    encoder.output_dtype = None
+    writer = CacheWriter(
+        data.features,
+        records,
+        sources,
+        _identity(config.encoder),
+        build_transform(encoder, data),
+        width=encoder.width,
+        num_tokens=encoder.num_tokens,
+        dtype=dtype,
+        crops=crops,
+        seed=config.train.seed,
+        shard_bytes=shard_bytes,
+    )
+    return writer, encoder
+
+
+def _identity(config: EncoderConfig) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in (*IDENTITY["encoder"], "dtype")}
+
+
+def _require_cache_of(config: EncoderConfig, data: DataConfig, found: Manifest) -> None:
+    """Raise ValueError with every difference, a line each, between a cache's manifest and the config."""
+    encoder = _identity(config)
+    if found.transform and config.image_size == found.transform["size"]:  # null and the weights' own size are the same
+        encoder["image_size"] = found.encoder["image_size"]
+    given = {"width": config.width, "num_tokens": config.num_tokens} if config.loader == "features" else {}
+    expected = {"encoder": encoder, "features": {k: v for k, v in given.items() if v is not None}}
+    lines = differences(vars(found), expected)
+    if data.augment and found.transform and not found.crops["count"]:
+        lines.append("data.augment: the cache has no random crops; set it to false, or write the cache with --crops")
+    elif data.augment and found.transform and found.crops["scale"] != data.crop_scale:
+        lines.append(f"data.crop_scale: the cache has {found.crops['scale']}, expected {data.crop_scale}")
+    if lines:
+        raise ValueError(f"data.features={data.features} does not fit this config:\n  " + "\n  ".join(lines))
+
+
+def _require_covered(records: Records, features: FeatureCache, split: str) -> None:
+    """Raise ValueError when the cache was written without some of a few thousand records, evenly spread."""
+    ids = {records[i].image_id for i in range(0, len(records), max(1, len(records) // COVERAGE_RECORDS))}
+    unknown = sorted(i for i in ids if i not in features and i not in features.broken)
+    if unknown:
+        raise ValueError(
+            f"data.{split}: {len(unknown)} of {len(ids)} pictures looked at are not in data.features={features.folder}, "
+            f"the first: {unknown[0]}; write a cache of these records, or set image_id to what it was then"
+        )

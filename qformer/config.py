@@ -76,6 +76,9 @@ class DataConfig:
     train: list[str] = _doc(MISSING, "record files (.jsonl, .json, .parquet) or ids of `datasets`")
     validation: list[str] = _doc([], "held-out records, same forms; empty = no validation")
     root: str | None = _doc(None, "folder that relative image paths start from; null = the record file's own")
+    features: str | None = _doc(
+        None, "feature cache of stages/cache_features.py, read in the encoder's place; null = encode every picture"
+    )
     workers: int = _doc(2, "processes that read and decode")
     augment: bool = _doc(True, "random resized crop and flip of training pictures")
     crop_scale: list[float] = _doc([0.5, 1.0], "share of the picture's area that a random crop keeps")

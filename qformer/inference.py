@@ -1,5 +1,6 @@
 """A trained adapter put to use: captions, answers, embeddings and matching scores, in batches."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def load(path: str | Path, device: str | None = None) -> "VisionLanguageModel":
             f"{folder} is no adapter folder: it has no config.yaml; expected what a run leaves in run.dir/adapter"
         )
     tensors, config = read_adapter(folder), read_config(folder / "config.yaml")
+    # a cache knows the pictures of its training only
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=None))
     model: Stage1Model | Stage2Model
     if isinstance(config, Stage2Config):
         model, _ = build_stage2(config, initialise=False)

@@ -3,13 +3,15 @@
 accelerate launch stages/stage1.py configs/stage1.yaml configs/encoder/eva_g.yaml configs/data/coco.yaml run.dir=runs/s1
 """
 
-from qformer.build import build_dataset, build_stage1
 from qformer.config import Stage1Config, parse_arguments
-from qformer.training import configure_logging, fit, reported_errors, start_accelerator
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(Stage1Config, __doc__, argv)
+    # Only now what imports torch: a mistake in the config is told at once.
+    from qformer.build import build_dataset, build_stage1
+    from qformer.training import configure_logging, fit, reported_errors, start_accelerator
+
     with reported_errors():
         accelerator = start_accelerator(config)
         configure_logging(accelerator.is_main_process)

@@ -6,22 +6,23 @@
 
 import logging
 
-from qformer.build import build_dataset, build_stage2
 from qformer.config import Stage2Config, parse_arguments
-from qformer.training import configure_logging, fit, reported_errors, start_accelerator
 
 logger = logging.getLogger("qformer")
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(Stage2Config, __doc__, argv)
+    # Only now what imports torch: a mistake in the config is told at once.
+    from qformer.build import build_dataset, build_stage2
+    from qformer.training import configure_logging, fit, reported_errors, start_accelerator
+
     with reported_errors():
         accelerator = start_accelerator(config)
         configure_logging(accelerator.is_main_process)
 
-        model, transferred = build_stage2(
-            config
-        )  # frozen encoder and LLM; trainable: feature norm, Q-Former, projection
+        # frozen encoder and LLM; trainable: feature norm, Q-Former, projection
+        model, transferred = build_stage2(config)
         if transferred:
             logger.info(transferred.report(str(config.stage2.init_from)))
         else:

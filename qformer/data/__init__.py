@@ -1,5 +1,7 @@
 """Records, their order, their pictures and their batches."""
 
+from .cache import FeatureCache, Manifest, differences
+from .caching import CacheWriter
 from .captions import clean_caption, clean_question
 from .loading import Batch, RecordDataset, Sample, collate, evaluation_loader, training_loader
 from .order import Draw, GlobalBatches, Order, derive_seed
@@ -9,9 +11,12 @@ from .transforms import ImageTransform, load_features, load_image, to_rgb
 __all__ = [
     "Batch",
     "BrokenRecord",
+    "CacheWriter",
     "Draw",
+    "FeatureCache",
     "GlobalBatches",
     "ImageTransform",
+    "Manifest",
     "Order",
     "Record",
     "RecordDataset",
@@ -21,6 +26,7 @@ __all__ = [
     "clean_question",
     "collate",
     "derive_seed",
+    "differences",
     "evaluation_loader",
     "load_features",
     "load_image",

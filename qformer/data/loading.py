@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .cache import FeatureCache
 from .captions import clean_caption, clean_question
 from .order import Draw, GlobalBatches
 from .records import BrokenRecord, Record, Records
@@ -56,6 +57,7 @@ class RecordDataset(Dataset[Sample]):
         augment: random crop and flip; pictures in training only.
         text: what becomes `Sample.text`, "caption" or "question"; a question needs answers in training.
         clean: write the text as BLIP-2 does, see `clean_caption` and `clean_question`.
+        features: a cache that stands in for the records' pictures; `augment` then draws one of its crops.
 
     Raises:
         ValueError: an unknown text, a negative seed.
@@ -71,6 +73,7 @@ class RecordDataset(Dataset[Sample]):
         text: str,
         clean: bool,
         in_order: bool = False,
+        features: FeatureCache | None = None,
     ):
         if text not in CLEANERS:
             raise ValueError(f"text={text!r}: expected one of {', '.join(CLEANERS)}")
@@ -84,6 +87,7 @@ class RecordDataset(Dataset[Sample]):
         self.text = text
         self.clean = clean
         self.in_order = in_order
+        self.features = features
         self._warned: set[str] = set()
 
     def __len__(self) -> int:
@@ -117,12 +121,14 @@ class RecordDataset(Dataset[Sample]):
 
     def _sample(self, record: Record, rng: np.random.Generator | None) -> Sample:
         text = self._choose_text(record, rng)
-        if self.transform is not None:
-            image = self.transform.apply(load_image(record), rng if self.augment else None)
-        elif record.image_bytes is None:
-            image = load_features(record.image)
+        draw = rng if self.augment else None
+        if self.features is None:
+            (image,) = load_input(record, self.transform, [draw])
         else:
-            raise BrokenRecord(record.image, "the record holds bytes; expected the path of a feature file")
+            crops = self.features.manifest.views - 1
+            image = self.features.read(
+                record.image_id, 0 if draw is None or not crops else 1 + int(draw.integers(crops))
+            )
         return _describe(record, image, text)
 
     def _choose_text(self, record: Record, rng: np.random.Generator | None) -> str:
@@ -139,6 +145,24 @@ class RecordDataset(Dataset[Sample]):
         if broken.image not in self._warned:
             self._warned.add(broken.image)
             logger.warning("broken record %s", broken)
+
+
+def load_input(
+    record: Record, transform: ImageTransform | None, draws: Sequence[np.random.Generator | None]
+) -> list[Tensor]:
+    """A record as an encoder takes it: pixels float[3, S, S], one for each of `draws` (None = the whole picture).
+
+    Without a transform the features float[N, Dv] of its file, once.
+
+    Raises:
+        BrokenRecord: it cannot be read, or holds bytes where a feature file is expected.
+    """
+    if transform is not None:
+        image = load_image(record)
+        return [transform.apply(image, draw) for draw in draws]
+    if record.image_bytes is not None:
+        raise BrokenRecord(record.image, "the record holds bytes; expected the path of a feature file")
+    return [load_features(record.image)]
 
 
 def _describe(record: Record, image: Tensor | None, text: str, dropped: tuple[str, ...] = ()) -> Sample:
@@ -252,12 +276,13 @@ def _loader(dataset: RecordDataset, workers: int, **batching) -> DataLoader[Samp
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers > 0 else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # otherwise each iterator draws its seed from the global one
         **batching,
     )
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """What every process that reads does first: one thread, and Ctrl-C left to the main process."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle: it saves, then ends us

@@ -100,8 +100,31 @@ class Records:
         row = int(position - (self._ends[number - 1] if number else 0))
         return _record(table.rows[row], table, row)
 
+    def first_of_each_picture(self) -> dict[str, int]:
+        """The first record of every `image_id`, in order; reads the pictures that travel inside the tables.
 
-def _record(row: dict[str, Any], table: _Table, number: int) -> Record:
+        Raises:
+            ValueError: records of one image_id name different files.
+        """
+        found: dict[str, tuple[int, str]] = {}
+        index = 0
+        for table in self._tables:
+            columns = [name for name in ("image", "image_id") if name in table.rows.column_names]
+            for batch in table.rows.select_columns(columns).iter(batch_size=256):
+                for values in zip(*batch.values(), strict=True):
+                    name, image_id, content = _identify(dict(zip(batch, values, strict=True)), table, index)
+                    _, first = found.setdefault(image_id, (index, name))
+                    if content is None and first != name:
+                        raise ValueError(
+                            f"{table.source}: image_id {image_id!r} is that of {first} and of {name}; "
+                            "give every picture its own, or leave image_id out"
+                        )
+                    index += 1
+        return {image_id: first for image_id, (first, _) in found.items()}
+
+
+def _identify(row: dict[str, Any], table: _Table, number: int) -> tuple[str, str, bytes | None]:
+    """Name, image_id and, where the picture travels inside the table, content of a record."""
     image, content = row["image"], None
     if isinstance(image, bytes):
         image = {"bytes": image}
@@ -111,9 +134,14 @@ def _record(row: dict[str, Any], table: _Table, number: int) -> Record:
         name = image_id = table.resolve(image)
     else:  # the name inside a table need not be unique, the content is
         name, image_id = f"{table.source}#{number}", hashlib.blake2b(content, digest_size=16).hexdigest()
+    return name, _string(row.get("image_id")) or image_id, content
+
+
+def _record(row: dict[str, Any], table: _Table, number: int) -> Record:
+    name, image_id, content = _identify(row, table, number)
     return Record(
         image=name,
-        image_id=_string(row.get("image_id")) or image_id,
+        image_id=image_id,
         captions=_strings(row.get("caption")),
         question=row.get("question"),
         answers=_strings(row.get("answers")),

@@ -23,6 +23,12 @@ class PrecomputedFeatures(FrozenEncoder):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != inputs.shape[:2]):
             expected = f"expected torch.bool {list(inputs.shape[:2])}, True at real tokens"
             raise ValueError(f"the mask of the features is {mask.dtype} {list(mask.shape)}, {expected}")
+        if self.num_tokens is not None and mask is not None:
+            if not mask.all():
+                raise ValueError(
+                    f"some features have fewer than encoder.num_tokens={self.num_tokens} rows; set it to null"
+                )
+            mask = None  # as of an encoder of pictures
         return Features(inputs, mask)
 
 
