@@ -1,0 +1,96 @@
+"""Write what the frozen encoder makes of every picture to disk, once, so that training never asks it again.
+
+    python stages/cache_features.py configs/encoder/eva_g.yaml configs/data/coco.yaml data.features=cache/coco_eva_g
+    accelerate launch stages/cache_features.py configs/stage1.yaml ... data.features=cache/coco_eva_g --dtype int8
+
+Takes the config of either stage, of which encoder.*, data.* and train.seed are read, and writes the pictures of
+data.train and data.validation. The same command goes on where it was stopped, with any number of processes. Then train
+with the same data.features=FOLDER and, unless there are --crops, data.augment=false.
+Feature files of your own (configs/encoder/features.yaml) become a cache in the same way.
+"""
+
+import argparse
+import logging
+import re
+import sys
+import time
+from datetime import timedelta
+
+from rich.progress import track
+
+from qformer.build import build_cache_writer
+from qformer.config import ConfigError, Stage1Config, Stage2Config, load_config
+from qformer.training import configure_logging, reported_errors, start_accelerator
+
+logger = logging.getLogger("qformer")
+
+# What only training reads.
+PLACEHOLDERS = ["run.dir=runs/unused", "train.max_steps=1", "train.global_batch_size=1", "train.micro_batch_size=1",
+                "optim.warmup_steps=0"]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="+", help="YAML files and key=value overrides of a stage's config")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"), default="bfloat16",
+                        help="of what is stored; int8 and float8 with a scale a token, float8 where single channels "
+                        "tower over the others")  # fmt: skip
+    parser.add_argument("--crops", type=int, default=0, help="random crops of each picture beside the whole one")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures or crops that the encoder sees at a time")
+    parser.add_argument("--shard-mb", type=float, default=256, help="size of a shard; one is in memory at a time")
+    args = parser.parse_intermixed_args(argv)
+    with reported_errors():
+        config = _config(args.config)
+        accelerator = start_accelerator(config)
+        configure_logging(accelerator.is_main_process)
+        rank, world = accelerator.process_index, accelerator.num_processes
+
+        writer, encoder = build_cache_writer(
+            config, dtype=args.dtype, crops=args.crops, shard_bytes=args.shard_mb * 1e6
+        )
+        encoder.to(accelerator.device)
+        if accelerator.is_main_process:
+            logger.info(writer.describe())
+            writer.begin()
+        accelerator.wait_for_everyone()
+
+        start, done, share = time.monotonic(), 0, writer.share(rank, world)
+        said = start
+        batches = writer.write(encoder, accelerator.device, args.batch_size, config.data.workers, rank, world)
+        shown = track(_counted(batches), "caching", total=share, disable=rank > 0 or not sys.stderr.isatty())
+        for done, _ in enumerate(shown, start=1):
+            now = time.monotonic()
+            if now - said > 30 and not sys.stderr.isatty():
+                left = timedelta(seconds=round((now - start) / done * (share - done)))
+                logger.info("%d of %d pictures of this process, %.3g a second, %s left", done, share,
+                            done / (now - start), left)  # fmt: skip
+                said = now
+
+        summary = writer.finish()
+    if summary is None:
+        logger.info("this process is through, others are not")
+        return
+    seconds = time.monotonic() - start
+    print(f"{config.data.features}: {summary.pictures} pictures, {summary.size_bytes / 1e9:.3g} GB; "
+          f"{done} by this process in {seconds:.1f} s; {len(summary.broken)} broken")  # fmt: skip
+    for image_id, reason in list(summary.broken.items())[:5]:
+        print(f"  broken: {image_id}: {reason}", file=sys.stderr)
+
+
+def _counted(batches):
+    """One item a picture, as they come a batch at a time."""
+    for count in batches:
+        yield from range(count)
+
+
+def _config(arguments: list[str]) -> Stage1Config | Stage2Config:
+    try:
+        return load_config(Stage1Config, [*PLACEHOLDERS, *arguments])
+    except ConfigError as error:
+        if not re.match(r"unknown key (llm|stage2)\b", str(error)):
+            raise
+    return load_config(Stage2Config, [*PLACEHOLDERS, "llm.id=unused", *arguments])
+
+
+if __name__ == "__main__":
+    main()
