@@ -101,8 +101,8 @@ def test_the_tokenizers_know_every_word_of_the_world():
         assert t5.tokenizer(text).input_ids == [*own, ids[pretrain.BOS]]
 
 
-# T5 has had too little schooling yet: it asks for 0.9 like OPT.
-@pytest.mark.parametrize(("name", "share"), [("opt", 0.9), ("t5", 0.6)])
+# T5's schooling is not finished (count and relation): it should be asked for 0.9 like OPT.
+@pytest.mark.parametrize(("name", "share"), [("opt", 0.9), ("t5", 0.8)])
 def test_the_language_models_answer_when_told(name, share):
     llm, rng = load_language_model(str(WEIGHTS / name)), random.Random(11)
     pairs = []
