@@ -18,9 +18,7 @@ from datetime import timedelta
 
 from rich.progress import track
 
-from qformer.build import build_cache_writer
 from qformer.config import ConfigError, Stage1Config, Stage2Config, load_config
-from qformer.training import configure_logging, reported_errors, start_accelerator
 
 logger = logging.getLogger("qformer")
 
@@ -39,8 +37,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="pictures or crops that the encoder sees at a time")
     parser.add_argument("--shard-mb", type=float, default=256, help="size of a shard; one is in memory at a time")
     args = parser.parse_intermixed_args(argv)
+    config = _config(args.config)
+    # Only now what imports torch: a mistake in the config is told at once.
+    from qformer.build import build_cache_writer
+    from qformer.training import configure_logging, reported_errors, start_accelerator
+
     with reported_errors():
-        config = _config(args.config)
         accelerator = start_accelerator(config)
         configure_logging(accelerator.is_main_process)
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -85,11 +87,15 @@ def _counted(batches):
 
 def _config(arguments: list[str]) -> Stage1Config | Stage2Config:
     try:
-        return load_config(Stage1Config, [*PLACEHOLDERS, *arguments])
+        try:
+            return load_config(Stage1Config, [*PLACEHOLDERS, *arguments])
+        except ConfigError as error:
+            if not re.match(r"unknown key (llm|stage2)\b", str(error)):
+                raise
+        return load_config(Stage2Config, [*PLACEHOLDERS, "llm.id=unused", *arguments])
     except ConfigError as error:
-        if not re.match(r"unknown key (llm|stage2)\b", str(error)):
-            raise
-    return load_config(Stage2Config, [*PLACEHOLDERS, "llm.id=unused", *arguments])
+        print(f"config error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

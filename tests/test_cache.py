@@ -188,6 +188,9 @@ def test_a_mismatch_is_shown_line_by_line(tiny, pictures, cache, tmp_path, capsy
         capsys, "cache_features", [*tiny.stage1(tmp_path, *over(pictures, cache)), "--crops", "1", "train.seed=5"]
     )
     assert "holds another cache" in again
+    typo = said(capsys, "cache_features", [*tiny.stage2(tmp_path, *over(pictures, cache)), "data.feature=x"])
+    assert typo.startswith("config error: unknown key data.feature")
+    assert typo.count("\n") == 1
     assert "features.dtype: the cache has float32, expected bfloat16" in again
     assert "crops.count: the cache has 0, expected 1" in again
 
@@ -212,6 +215,7 @@ def test_a_broken_picture_is_counted_and_absent(pictures, cache):
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
     assert manifest["shards"] == {"count": 3, "pictures": 4}
     assert not list(cache.glob(".*"))
+    assert len({path.stat().st_mode for path in cache.iterdir()}) == 1  # whoever may read the manifest may read all
 
 
 def test_the_layout_is_as_documented(cache, pictures):
@@ -222,6 +226,13 @@ def test_the_layout_is_as_documented(cache, pictures):
     index = load_file(cache / "index.safetensors")
     assert index["keys"].tolist() == sorted(index["keys"].tolist())
     assert index["bounds"].shape == (10, 2)
+
+
+def test_a_finished_cache_stays_as_it_is_whichever_stage_asks(tiny, pictures, cache):
+    before, times = shards(cache), [path.stat().st_mtime_ns for path in sorted(cache.glob("shard*"))]
+    write_cache(*tiny.stage2(Path("unused"), *over(pictures, cache)), *EXACT)
+    assert shards(cache) == before
+    assert [path.stat().st_mtime_ns for path in sorted(cache.glob("shard*"))] == times
 
 
 def test_a_kill_in_the_middle_and_the_rest_is_the_same_bytes(tiny, pictures, cache, tmp_path, monkeypatch, capsys):
@@ -409,15 +420,16 @@ def test_workers_read_what_the_main_process_reads(tmp_path, workers):
             assert torch.equal(image[mask], found.read(name))
 
 
-def test_the_example_turns_arrays_into_a_cache_and_trains(tiny, tmp_path):
-    (tmp_path / "captions.json").write_text(json.dumps({"0": "a red square", "1": ["a blue dot", "one dot"], "2": "a dot",
-                                                         "3": "a photo"}))  # fmt: skip
+def test_the_example_turns_arrays_into_a_cache_and_trains(tiny, tmp_path, monkeypatch):
+    captions = {"0": "a red square", "1": ["a blue dot", "one dot"], "2": "a dot", "3": "a photo"}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
     write_arrays(tmp_path / "arrays", 4, 9, FEATURE_WIDTH)
-    command = [sys.executable, str(REPO / "examples/arrays/train.py"), str(tmp_path / "arrays"),
-               str(tmp_path / "captions.json"), str(tmp_path / "out"), *tiny.stage1(Path("x"))[1:]]  # fmt: skip
-    command = [c for c in command if not c.startswith(("encoder.", "data.train", "data.validation", "run.dir"))]
-    done = subprocess.run([*command, "train.global_batch_size=4", "train.micro_batch_size=4"], capture_output=True,
-                          text=True, timeout=600)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    main = runpy.run_path(str(REPO / "examples/arrays/train.py"))["main"]
+    # in this process: two more would each import torch
+    monkeypatch.setitem(main.__globals__, "run", lambda stage, more: run_stage(stage.removesuffix(".py"), more))
+    own = ("encoder.", "data.train", "data.validation", "run.dir")
+    settings = [a for a in tiny.stage1(Path("unused")) if not a.startswith(own)]
+    settings += ["train.global_batch_size=4", "train.micro_batch_size=4"]
+    main([*(str(tmp_path / name) for name in ("arrays", "captions.json", "out")), *settings])
     assert len(FeatureCache(tmp_path / "out/cache")) == 4
     assert all(np.isfinite(line["itc"]) for line in losses(tmp_path / "out/stage1"))

@@ -332,6 +332,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> N
         save_file(tensors, path, metadata={"qformer": json.dumps(metadata)})
     except SafetensorError as error:
         raise OSError(f"{path.parent} cannot be written to: {error}; what is there stays, run it once more") from None
+    shutil.copymode(path.parent / MANIFEST, path)  # safetensors leaves files that only their owner may read
 
 
 def _mean_length(records: Records, pictures: dict[str, int]) -> float:
