@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
 def _overridden(config: Stage1Config | Stage2Config, arguments: list[str]) -> Stage1Config | Stage2Config:
     with tempfile.TemporaryDirectory() as folder:
         (path := Path(folder) / "config.yaml").write_text(to_yaml(config))
-        return load_config(type(config), [str(path), *arguments])
+        files = [str(path), *arguments]
+        return load_config(Stage2Config, files) if _stage(config) == 2 else load_config(Stage1Config, files)
 
 
 def _stage(config: Stage1Config | Stage2Config) -> int:
