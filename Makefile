@@ -1,11 +1,12 @@
 # make demo   train a Q-Former in two stages on the embedded Shapes world and answer questions; ends in a report
 # make test   run the tests
 # make check  lint and type-check
+# make bench  time every row against LAVIS and transformers, results in results/bench (an hour; see benchmarks/README.md)
 # make reproduce   the whole table: both language models, the ablation, three seeds (an hour or two)
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test check reproduce clean
+.PHONY: demo test check bench reproduce clean
 
 demo: .venv/installed
 	$(BIN)/python stages/demo.py
@@ -20,6 +21,10 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/installed
+	set -e; for row in stage1_step "stage2_step opt" "stage2_step t5" vqa captioning rerank embed_folder startup; do \
+		set -- $$row; $(BIN)/python benchmarks/$$1.py $$2 --json results/bench/$$1$$2.json; done
 
 # The stamp is newer than what it was installed from, so a second run installs nothing.
 .venv/installed: setup.cfg constraints.txt pyproject.toml
