@@ -11,7 +11,7 @@ from PIL import Image
 
 from qformer.config import Stage1Config, Stage2Config, load_config
 from qformer.shapes.experiment import Experiment, PartFailed, average, markdown_table
-from qformer.shapes.recipe import LAUNCHER, Part, Recipe, add_options
+from qformer.shapes.recipe import LAUNCHER, STAGE2_STEPS, Part, Recipe, add_options
 from qformer.shapes.report import choose_examples, duration, write_report
 
 
@@ -113,7 +113,9 @@ def test_commands_load_as_configs(tmp_path):
     assert config.train.resume == "auto"
     alone = load_config(Stage2Config, overrides(Recipe().stage2(tmp_path / "s3", "opt", None)))
     assert alone.stage2.init_from is None
-    assert alone.train.max_steps == config.train.max_steps
+    assert config.train.max_steps == STAGE2_STEPS["t5"] > alone.train.max_steps
+    scaled = load_config(Stage2Config, overrides(short.stage2(tmp_path / "s4", "t5", None)))
+    assert scaled.train.max_steps == STAGE2_STEPS["t5"] // 100
 
     part = Recipe().evaluation(tmp_path / "s2", "told", tmp_path / "told.json")
     assert part.command[-4:] == ["--mode", "told", "--json", str(tmp_path / "told.json")]

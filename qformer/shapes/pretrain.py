@@ -35,7 +35,7 @@ from qformer.shapes.texts import (
     seq2seq_pair,
 )
 
-STEPS = {"opt": 3600, "t5": 2400, "vit": 2500}  # of the weights that ship
+STEPS = {"opt": 3600, "t5": 5000, "vit": 2500}  # of the weights that ship
 WEIGHTS = Path(__file__).parent / "weights"
 # Running share of right answers; one text in 25 has no description, and T5's are harder than what it will be asked.
 NEXT_LEVEL_AT = {"opt": 0.9, "t5": 0.8}

@@ -16,6 +16,7 @@ STAGE1, STAGE2 = "configs/shapes/stage1.yaml", "configs/shapes/stage2.yaml"
 DATA = Path("runs/shapes")  # where the configs look for the records
 MODES = {"blind": "blind", "told": "told", "stage2_only": "picture", "stage1_2": "picture"}  # of stages/evaluate.py
 LAUNCHER = "accelerate.commands.launch"
+STAGE2_STEPS = {"t5": 1600}  # it is asked for less of a caption at a time; others take the config's own number
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Recipe:
         """Train stage 2 in `run_dir` with "opt" or "t5", from the stage-1 run `init_from` or, with None, from nothing."""
         start = f"stage2.init_from={init_from / 'adapter' if init_from else 'null'}"
         overrides = [f"llm.id=qformer/shapes/weights/{llm}", start]
-        return self._training(name, "stages/stage2.py", STAGE2, Stage2Config, run_dir, overrides, seed)
+        steps = STAGE2_STEPS.get(llm)
+        return self._training(name, "stages/stage2.py", STAGE2, Stage2Config, run_dir, overrides, seed, steps)
 
     def evaluation(self, run_dir: Path, row: str, answers: Path, name: str | None = None) -> Part:
         """Answer the questions as `row` of the table wants it, and leave scores and answers in the file `answers`."""
@@ -68,14 +70,15 @@ class Recipe:
         return Part(name or f"questions, {ROWS[row][0]}", command, lambda: _is_json(answers))
 
     def _training(
-        self, name: str, script: str, file: str, root: Any, run_dir: Path, overrides: list[str], seed: int | None
-    ) -> Part:
+        self, name: str, script: str, file: str, root: Any, run_dir: Path, overrides: list[str], seed: int | None,
+        steps: int | None = None,
+    ) -> Part:  # fmt: skip
         if self.data != DATA:
             overrides = [
                 *(f"data.{s}={json.dumps([str(self.data / f'{s}.jsonl')])}" for s in ("train", "validation")),
                 *overrides,
             ]
-        overrides = [f"run.dir={run_dir}", *overrides, *self._scaled_steps(root, file)]
+        overrides = [f"run.dir={run_dir}", *overrides, *self._steps(root, file, steps)]
         if seed is not None:
             overrides.append(f"train.seed={seed}")
         if (run_dir / "checkpoints").is_dir():
@@ -85,12 +88,12 @@ class Recipe:
         adapter = run_dir / "adapter" / "adapter.safetensors"  # its folder is written whole, at the end
         return Part(name, [*launch, script, file, *overrides], adapter.is_file)
 
-    def _scaled_steps(self, root: Any, file: str) -> list[str]:
-        """The overrides that shorten a training run by `steps_scale` and keep its counts legal."""
+    def _steps(self, root: Any, file: str, steps: int | None) -> list[str]:
+        """Overrides for another number of steps than the config's own; `steps_scale` changes whatever counts steps."""
         if self.steps_scale == 1:
-            return []
+            return [f"train.max_steps={steps}"] if steps else []
         config = load_config(root, [file, "run.dir=unused"])
-        max_steps = max(1, round(config.train.max_steps * self.steps_scale))
+        max_steps = max(1, round((steps or config.train.max_steps) * self.steps_scale))
         warmup_steps = min(max_steps, round(config.optim.warmup_steps * self.steps_scale))
         every = [
             f"train.{key}={max(1, round(getattr(config.train, key) * self.steps_scale))}"

@@ -25,6 +25,9 @@ class Level(NamedTuple):
     question_types: tuple[str, ...]
     again: float  # share of texts that say the scene again
     lookups: int  # short look-ups ("circle colour: red") in a text: many answers in few tokens
+    captions: float = 0.0  # share of scenes said as a caption says them
+    asked: float = 0.5  # seq2seq: share of questions, the rest being look-ups
+    unaided: float = 0.4  # seq2seq: share of these whose last words the decoder is not given
 
 
 LEVELS = (
@@ -32,9 +35,16 @@ LEVELS = (
     Level(4, (2, 3), ("colour", "shape", "size", "place"), 0.2, 8),
     Level(len(grammar.FORMS), (1, 2, 2, 3, 3), grammar.QUESTION_TYPES, 0.4, 5),
     # Comparing two items takes longest to learn: half of the questions, once everything else is known.
-    Level(len(grammar.FORMS), (1, 2, 2, 3, 3), grammar.QUESTION_TYPES + ("relation",) * 6, 0.3, 2),
+    Level(len(grammar.FORMS), (1, 2, 2, 3, 3), grammar.QUESTION_TYPES + ("relation",) * 6, 0.3, 2, captions=0.5),
 )
-SEQ2SEQ_LEVELS = (LEVELS[0], Level(2, (2, 3), (), 0.0, 16), *LEVELS[1:])  # the same, asked in the encoder
+SEQ2SEQ_LEVELS = (  # the same, asked in the encoder; counting too takes long there
+    LEVELS[0],
+    Level(2, (2, 3), (), 0.0, 16),
+    *LEVELS[1:3],
+    LEVELS[3]._replace(
+        question_types=grammar.QUESTION_TYPES + ("relation",) * 4 + ("count",) * 3, again=0.2, asked=0.85, unaided=0.7
+    ),
+)
 
 
 def lm_vocabulary() -> dict[str, int]:
@@ -48,7 +58,7 @@ def draw_text_scene(rng: random.Random, level: Level) -> world.Scene:
 
 def context(scene: world.Scene, rng: random.Random, level: Level) -> str:
     """What stands before: the scene described in any form of the level, rarely with an opening."""
-    if level is LEVELS[-1] and rng.random() < 0.5:
+    if level.captions and rng.random() < level.captions:
         said = grammar.caption(scene, rng)
     else:
         said = grammar.describe(scene, rng, grammar.FORMS[: level.forms], SEPARATORS)
@@ -109,12 +119,12 @@ def seq2seq_pair(rng: random.Random, level: Level) -> tuple[str, Pieces]:
     short = lookups(scene, rng, level.lookups)
     if level is SEQ2SEQ_LEVELS[0]:
         return before, [piece for asked, answer in short for piece in ((asked, 0.05), (answer, 1.0))]
-    found = short[:1] if rng.random() < 0.5 or not level.question_types else questions(scene, rng, level, 1)
+    found = short[:1] if rng.random() > level.asked or not level.question_types else questions(scene, rng, level, 1)
     if not found:
         return seq2seq_pair(rng, level)
     asked, answer = found[0]
     words = WORD.findall(asked)
-    given = [] if rng.random() < 0.4 else words[rng.randrange(len(words)) :]
+    given = [] if rng.random() < level.unaided else words[rng.randrange(len(words)) :]
     return f"{before} {asked}", [*([(",", 0.0), (" ".join(given), 0.5)] if given else []), (answer, 1.0)]
 
 
