@@ -334,6 +334,28 @@ def test_a_batch_generates_what_each_prompt_alone_gives(family, variant, num_bea
     assert batch == [lm.generate(None, [prompt], **settings)[0] for prompt in blind]
 
 
+@pytest.mark.parametrize("family", ["opt", "llama", "qwen3", "gemma3"])
+def test_a_row_is_read_once_for_all_its_beams(family, monkeypatch):
+    """The same texts as when `generate` reads every row again for each of its beams; in double precision, no ties."""
+    lm = build(family)
+    lm.model.double()
+    visual_prompt, prompts = visual_prompt_for(lm).double(), ["a photo of", "", "red"]
+    search = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 3, "num_return": 2}
+    read = []
+
+    def count(_, args, given):
+        embeds = given.get("inputs_embeds")
+        read.append(given["input_ids"].numel() if embeds is None else embeds.shape[0] * embeds.shape[1])
+
+    lm.model.register_forward_pre_hook(count, with_kwargs=True)
+    texts, ahead = lm.generate(visual_prompt, prompts, **search), sum(read)
+    read.clear()
+    monkeypatch.setattr(type(lm), "_read_ahead", lambda *_: {})
+    assert lm.generate(visual_prompt, prompts, **search) == texts
+    length = read[0] // 9
+    assert sum(read) - ahead == (9 - 3) * (length - 1)
+
+
 @each_family
 def test_greedy_generation_is_the_argmax_of_uncached_forwards(family):
     lm = build(family)

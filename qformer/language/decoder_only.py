@@ -1,11 +1,11 @@
 """Language models that read and write in one row."""
 
 import logging
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from qformer.text import IGNORE_INDEX, encode, mask_context, pad_rows, split_prompt
 
@@ -52,15 +52,32 @@ class DecoderOnly(FrozenLanguageModel):
         label_rows = [[IGNORE_INDEX] * n + mask_context(*row) for n, row in zip(lengths, rows, strict=True)]
         next_labels = pad_rows(label_rows, IGNORE_INDEX, width=embeds.shape[1])[0][:, 1:]
         positions = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
-        inputs = {"inputs_embeds": embeds, "attention_mask": mask.long(), "use_cache": False}
-        if "position_ids" in self._forward_arguments:
-            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        inputs = {**self._inputs(embeds, mask), "use_cache": False}
         if "logits_to_keep" in self._forward_arguments:
             logits = self.model(**inputs, logits_to_keep=positions.to(embeds.device)).logits
         else:
             logits = self.model(**inputs).logits
             logits = logits[:, positions.to(logits.device)]
         return logits, next_labels[:, positions]
+
+    def _inputs(self, embeds: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask.long()}
+        if "position_ids" in self._forward_arguments:
+            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return inputs
+
+    def _read_ahead(self, embeds: Tensor, mask: Tensor, copies: int) -> dict[str, Any]:
+        """Keys and values of all positions but the last, computed once a row and then repeated for its beams."""
+        if copies == 1 or embeds.shape[1] == 1:
+            return {}
+        inputs = self._inputs(embeds[:, :-1], mask[:, :-1])
+        if "logits_to_keep" in self._forward_arguments:
+            inputs["logits_to_keep"] = torch.zeros(0, dtype=torch.long, device=embeds.device)
+        cache = self.model(**inputs, use_cache=True).past_key_values
+        if not isinstance(cache, DynamicCache):  # another kind of memory, which `generate` builds itself
+            return {}
+        cache.batch_repeat_interleave(copies)
+        return {"past_key_values": cache}
 
     def _start(
         self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, prompts: list[str]

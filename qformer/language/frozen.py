@@ -182,6 +182,7 @@ class FrozenLanguageModel(nn.Module, ABC):
         new_ids = cast(Any, self.model).generate(
             inputs_embeds=embeds,
             attention_mask=mask.long(),
+            **self._read_ahead(embeds, mask, max(num_beams, num_return)),
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 min_new_tokens=min_new_tokens or None,
@@ -225,6 +226,10 @@ class FrozenLanguageModel(nn.Module, ABC):
         visual_mask = mask.new_ones(visual_prompt.shape[:2]) if prompt_mask is None else prompt_mask.to(device)
         embeds = torch.cat([visual_prompt.to(embeds), embeds], 1)
         return embeds, torch.cat([visual_mask, mask], 1)
+
+    def _read_ahead(self, embeds: Tensor, mask: Tensor, copies: int) -> dict[str, Any]:
+        """More arguments of `generate`, which would read every row again for each of its `copies`."""
+        return {}
 
     @abstractmethod
     def _row(self, prompt: str, target: str, max_target_tokens: int) -> tuple[list[int], list[int]]:
