@@ -1,189 +1,31 @@
-"""The schema of every config, and `load_config`: YAML fragments merged left to right, then dotted overrides.
+"""`load_config`: YAML fragments merged left to right, then dotted overrides, over the schema; mistakes in one line.
 
-Every field carries its meaning and unit; `--help` prints them. This file knows no torch: a mistake in a config is
-reported before any weight is loaded.
+This room knows no torch: a mistake in a config is reported before any weight is loaded.
 """
 
 import dataclasses
 import difflib
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .schema import Stage1Config, Stage2Config
+
 
 class ConfigError(ValueError):
     """A mistake in a config that its writer can mend; the message names the key and the fix."""
 
 
-def _doc(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"help": text, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 AT_LEAST_ONE = (
     "train.max_steps", "train.global_batch_size", "train.micro_batch_size", "train.checkpoint_every_steps",
     "train.keep_checkpoints", "train.log_every_steps", "train.validate_every_steps", "train.validation_records",
+    "train.timeout_s", "data.shuffle_block_records",
     "qformer.layers", "qformer.width", "qformer.heads", "qformer.ffn_width", "qformer.queries",
-    "qformer.cross_attention_frequency", "qformer.contrastive_width", "llm.num_beams",
+    "qformer.cross_attention_frequency", "qformer.contrastive_width", "llm.num_beams", "tune.lora_rank",
 )  # fmt: skip
-PRECISIONS = ("no", "bf16", "fp16")
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass
-class RunConfig:
-    dir: str = _doc(MISSING, "folder of this run: config, metrics, checkpoints, adapter")
-    trackers: list[str] = _doc([], "accelerate trackers that mirror metrics.jsonl, e.g. [tensorboard, wandb]")
-
-
-@dataclass
-class TrainConfig:
-    max_steps: int = _doc(MISSING, "optimizer updates in all")
-    seed: int = _doc(0, "seed of initial weights, order, augmentation and dropout")
-    resume: str | None = _doc(
-        None, "auto = go on from run.dir's newest checkpoint; a checkpoint folder; null = from the start"
-    )
-    global_batch_size: int = _doc(MISSING, "records per step, over all processes and accumulation")
-    micro_batch_size: int = _doc(MISSING, "records per process and forward pass")
-    mixed_precision: str = _doc("no", "autocast of the trainable part; its master weights stay float32", PRECISIONS)
-    cpu: bool = _doc(False, "train on the CPU even where there is a GPU")
-    checkpoint_every_steps: int = _doc(1000, "steps between checkpoints")
-    keep_checkpoints: int = _doc(2, "newest checkpoints that are kept")
-    log_every_steps: int = _doc(10, "steps between lines of metrics.jsonl")
-    validate_every_steps: int = _doc(1000, "steps between validations; one more at the end")
-    validation_records: int = _doc(512, "records read in a validation")
-
-
-@dataclass
-class OptimConfig:
-    lr: float = _doc(1e-4, "peak learning rate")
-    min_lr: float = _doc(1e-5, "learning rate at the end of the cosine")
-    warmup_steps: int = _doc(2000, "steps of linear warm-up")
-    warmup_lr: float = _doc(1e-6, "learning rate at step 0")
-    weight_decay: float = _doc(0.05, "AdamW weight decay; none on biases, norms and the temperature")
-    betas: list[float] = _doc([0.9, 0.98], "AdamW betas")
-    clip_norm: float = _doc(1.0, "largest gradient norm; larger ones are scaled down to it")
-
-
-@dataclass
-class DataConfig:
-    train: list[str] = _doc(MISSING, "record files (.jsonl, .json, .parquet) or ids of `datasets`")
-    validation: list[str] = _doc([], "held-out records, same forms; empty = no validation")
-    root: str | None = _doc(None, "folder that relative image paths start from; null = the record file's own")
-    features: str | None = _doc(
-        None, "feature cache of stages/cache_features.py, read in the encoder's place; null = encode every picture"
-    )
-    workers: int = _doc(2, "processes that read and decode")
-    augment: bool = _doc(True, "random resized crop and flip of training pictures")
-    crop_scale: list[float] = _doc([0.5, 1.0], "share of the picture's area that a random crop keeps")
-    max_text_tokens: int = _doc(32, "tokens of a caption, special ones included")
-
-
-@dataclass
-class EncoderConfig:
-    loader: str = _doc(MISSING, "which library loads it", ("open_clip", "transformers", "features"))
-    id: str = _doc("", "open_clip name or local-dir:FOLDER; hub id or folder of transformers")
-    pretrained: str | None = _doc(None, "open_clip pretrained tag")
-    revision: str | None = _doc(None, "revision of the hub id")
-    random_weights: bool = _doc(False, "build the architecture without its weights, for trials")
-    block: int = _doc(-2, "block whose output is read, before the final norm (-1 last, -2 second last as in the paper)")
-    image_size: int | None = _doc(None, "side in pixels; null = the weights' own")
-    dtype: str = _doc("float32", "dtype of the frozen weights", DTYPES)
-    width: int | None = _doc(None, "width of precomputed features (loader features only)")
-    num_tokens: int | None = _doc(None, "tokens of precomputed features, null if they vary (loader features only)")
-
-
-@dataclass
-class QFormerConfig:
-    init_from: str | None = _doc(
-        None, "BERT-shaped masked language model (hub id or folder) to start from; null = random"
-    )
-    tokenizer: str = _doc("bert-base-uncased", "BERT tokenizer: hub id or folder; gains [DEC]")
-    layers: int = _doc(12, "transformer layers")
-    width: int = _doc(768, "hidden width D")
-    heads: int = _doc(12, "attention heads H")
-    ffn_width: int = _doc(3072, "width inside a feed-forward network")
-    queries: int = _doc(32, "learned query tokens Q")
-    cross_attention_frequency: int = _doc(2, "cross-attention to the image in layers 0, f, 2f, ...")
-    dropout: float = _doc(0.1, "dropout probability of hidden states and attention")
-    max_text_positions: int = _doc(512, "learned text positions")
-    init_std: float = _doc(0.02, "standard deviation of initial weights; narrow models learn sooner from more")
-    contrastive_width: int = _doc(256, "width E of the contrastive projections")
-    feature_norm_eps: float = _doc(1e-5, "eps of the LayerNorm on frozen features; transformers' checkpoints use 1e-6")
-
-
-@dataclass
-class Stage1Section:
-    init_from: str | None = _doc(None, "adapter folder of stage 1 to continue from; null = begin anew")
-    itc: float = _doc(1.0, "weight of image-text contrast")
-    itm: float = _doc(1.0, "weight of image-text matching")
-    itg: float = _doc(1.0, "weight of image-grounded text generation")
-    label_smoothing: float = _doc(0.1, "label smoothing of ITC and ITG")
-    temperature: float = _doc(0.07, "start of the learned divisor of ITC similarities")
-
-
-@dataclass
-class LlmConfig:
-    id: str = _doc(MISSING, "hub id or folder of a causal or sequence-to-sequence language model of transformers")
-    revision: str | None = _doc(None, "revision of the hub id")
-    random_weights: bool = _doc(False, "build the architecture without its weights, for trials")
-    dtype: str = _doc("float32", "dtype of the frozen weights", DTYPES)
-    activation: str | None = _doc(
-        None,
-        "T5's dense_act_fn in place of its own; BLIP-2's adapters for FlanT5 were trained with gelu (the exact one)",
-    )
-    trust_remote_code: bool = _doc(False, "run the Python code that comes with the hub id")
-    max_target_tokens: int = _doc(32, "tokens of a caption that the loss covers")
-    prompt: str = _doc("", "text before the caption in training; not in the loss")
-    vqa_prompt: str = _doc("", "prompt of questions with {} for the question; empty = BLIP-2's for this kind of model")
-    num_beams: int = _doc(5, "beams in generation")
-    vqa_length_penalty: float | None = _doc(
-        None, "length penalty for answers; null = BLIP-2's: 0 decoder-only, -1 encoder-decoder"
-    )
-    vqa_max_new_tokens: int = _doc(10, "longest answer")
-    caption_max_new_tokens: int = _doc(30, "longest caption")
-    caption_min_new_tokens: int = _doc(8, "shortest caption")
-
-
-@dataclass
-class Stage2Section:
-    init_from: str | None = _doc(None, "adapter folder of stage 1; null = a Q-Former from nothing (the ablation)")
-    instructed: bool = _doc(False, "the prompt also enters the Q-Former, beside the queries, as in InstructBLIP")
-
-
-@dataclass
-class Stage1Config:
-    """Stage 1: representation learning (ITC, ITM, ITG) with a frozen image encoder."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    stage1: Stage1Section = field(default_factory=Stage1Section)
-
-
-@dataclass
-class Stage2Config:
-    """Stage 2: generative learning through a frozen language model."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    llm: LlmConfig = field(default_factory=LlmConfig)
-    stage2: Stage2Section = field(default_factory=Stage2Section)
-
-
 Root = TypeVar("Root", Stage1Config, Stage2Config)
 
 
@@ -335,8 +177,13 @@ def _check(config: Stage1Config | Stage2Config) -> None:
         problems.append(f"train.seed: {train.seed} must be 0 or more")
     if not 0 <= config.optim.min_lr <= config.optim.lr:
         problems.append(f"optim.min_lr: {config.optim.min_lr} is outside 0 to optim.lr ({config.optim.lr})")
+    if not 0 <= config.data.max_dropped_fraction <= 1:
+        problems.append(f"data.max_dropped_fraction: {config.data.max_dropped_fraction} is outside 0 to 1")
     if not config.data.train:
         problems.append("data.train: [] names no record file")
+    weights = config.data.weights
+    if weights and (len(weights) != len(config.data.train) or not all(weight > 0 for weight in weights)):
+        problems.append(f"data.weights: {weights} must hold a number above 0 for each of data.train, or nothing")
     crop = config.data.crop_scale
     if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
         problems.append(f"data.crop_scale: {crop} must be [smallest, largest] with 0 < smallest <= largest <= 1")
@@ -345,8 +192,17 @@ def _check(config: Stage1Config | Stage2Config) -> None:
             f"data.max_text_tokens: {config.data.max_text_tokens} is outside 3 to qformer.max_text_positions "
             f"({qformer.max_text_positions})"
         )
+    if isinstance(config, Stage2Config) and not 0 <= config.stage2.init_share <= 1:
+        problems.append(f"stage2.init_share: {config.stage2.init_share} is outside 0 to 1")
     if isinstance(config, Stage1Config) and not 0.001 <= config.stage1.temperature <= 0.5:
         problems.append(f"stage1.temperature: {config.stage1.temperature} is outside 0.001 to 0.5")
+    itc = config.stage1.itc_batch_size if isinstance(config, Stage1Config) else None
+    micro = max(1, train.micro_batch_size)
+    if itc is not None and (itc < 1 or itc % micro or train.global_batch_size % itc):
+        problems.append(
+            f"stage1.itc_batch_size: {itc} must be a multiple of train.micro_batch_size ({micro}) and divide "
+            f"train.global_batch_size ({train.global_batch_size}); null = train.micro_batch_size x processes"
+        )
     if train.micro_batch_size > 0 and train.global_batch_size % train.micro_batch_size:
         problems.append(
             f"train.global_batch_size: {train.global_batch_size} must be a multiple of "

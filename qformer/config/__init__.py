@@ -1,0 +1,17 @@
+"""Every config: its schema, and how it is read."""
+
+from .loading import ConfigError, from_dict, load_config, parse_arguments, read_config, to_yaml
+from .schema import (
+    DataConfig,
+    EncoderConfig,
+    LlmConfig,
+    QFormerConfig,
+    Stage1Config,
+    Stage2Config,
+    Stage2Section,
+)
+
+__all__ = [
+    "ConfigError", "DataConfig", "EncoderConfig", "LlmConfig", "QFormerConfig", "Stage1Config", "Stage2Config",
+    "Stage2Section", "from_dict", "load_config", "parse_arguments", "read_config", "to_yaml",
+]  # fmt: skip
