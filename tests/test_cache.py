@@ -31,6 +31,7 @@ from qformer.data import (
     FeatureCache,
     GlobalBatches,
     ImageTransform,
+    Order,
     RecordDataset,
     caching,
     collate,
@@ -46,7 +47,7 @@ from qformer.log import TIMING_FIELDS
 REPO = Path(__file__).resolve().parent.parent
 STAGE = REPO / "stages" / "cache_features.py"
 EXACT = ["--dtype", "float32", "--shard-mb", "0.003"]  # 5 tokens of 32 in float32: 4 pictures a shard
-PLAIN = ["data.augment=false", "qformer.dropout=0"]
+PLAIN = ["data.augment=false", "qformer.dropout=0", "data.max_dropped_fraction=1"]
 
 
 @pytest.fixture(scope="module")
@@ -305,9 +306,12 @@ def test_damage_is_told(cache, pictures, tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"shard-00000.safetensors of the feature cache is damaged"):
         FeatureCache(broken).read(str(pictures.parent / "00.png"))
+    opened = FeatureCache(broken)
     path.unlink()
     with pytest.raises(ValueError, match=r"shard-00000.safetensors of the feature cache cannot be opened"):
-        FeatureCache(broken).read(str(pictures.parent / "00.png"))
+        opened.read(str(pictures.parent / "00.png"))
+    with pytest.raises(ValueError, match=r"2 of 3 shards are there; run stages/cache_features.py once more"):
+        FeatureCache(broken)
 
 
 def test_one_image_id_of_two_files_is_refused(tiny, tmp_path, capsys):
@@ -413,7 +417,7 @@ def test_workers_read_what_the_main_process_reads(tmp_path, workers):
     records, found = synthetic(tmp_path, 40, 9, FEATURE_WIDTH, "bfloat16", shard_bytes=5000)
     found.read("signal 3")  # open in this process before the others are forked
     dataset = RecordDataset(records, None, seed=0, augment=False, text="caption", clean=True, features=found)
-    loader = training_loader(dataset, GlobalBatches(40, 0, 1, 0, 8, 1), workers)
+    loader = training_loader(dataset, GlobalBatches(Order(40, seed=0), 1, 0, 8), workers)
     for batch in itertools.islice(loader, 10):
         assert batch.images.dtype == torch.bfloat16
         for name, image, mask in zip(batch.image_ids, batch.images, batch.image_mask, strict=True):

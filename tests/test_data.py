@@ -6,7 +6,9 @@ import io
 import itertools
 import json
 import logging
+import math
 import pickle
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -22,9 +24,11 @@ from qformer.data import (
     Draw,
     GlobalBatches,
     ImageTransform,
+    Mixture,
     Order,
     Record,
     RecordDataset,
+    build_order,
     clean_caption,
     clean_question,
     collate,
@@ -132,7 +136,7 @@ GOOD = {"image": "a.jpg", "caption": "x"}
         ([], "data.train: .*a.jsonl holds no records"),
         ([GOOD, {"caption": "y"}], r"a.jsonl: record 1 \(from 0\) has no 'image'"),
         ([GOOD, {"image": "", "caption": "y"}], r"record 1 \(from 0\) has no 'image'"),
-        ([GOOD, {"image": "b.jpg"}], "record 1 .* has neither 'caption' nor 'question'"),
+        ([{"image": "b.jpg", "caption": None}, {"image": "c.jpg", "question": None}], "neither a field 'caption' nor"),
         ([{"img": "a.jpg", "caption": "x"}], "a.jsonl has no field 'image'; did you mean 'img'"),
         ([{"image_path": "a.jpg", "caption": "x"}], "no field 'image'; did you mean 'image_path'"),
         ([{"image": "a.jpg", "captions": "x"}], "neither a field 'caption' nor 'question'; did you mean 'captions'"),
@@ -151,10 +155,11 @@ def test_records_refused(tmp_path, rows, message):
 
 
 def test_sources_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
     for source, message in [
         (str(tmp_path / "no.jsonl"), "data.validation: there is no record file .*no.jsonl"),
         ("a/b/c", "data.validation: there is no record file 'a/b/c'"),
-        (str(tmp_path), "is no record file; expected one that ends in .json, .jsonl, .parquet"),
+        (str(tmp_path / "a.txt"), "is no record file; expected one that ends in .json, .jsonl, .parquet"),
         ("nobody/nothing:test", "'nobody/nothing' is neither a record file .* nor a hub data set"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -193,17 +198,49 @@ def test_each_epoch_is_another_permutation():
 
 def test_order_never_changes():
     # a run of last year must resume today: these numbers may not change, whatever the version of numpy
-    assert [Order(8, seed=0).index(1, position) for position in range(8)] == [3, 7, 4, 2, 1, 6, 5, 0]
+    assert [Order(8, seed=0).index(1, position) for position in range(8)] == [6, 5, 1, 2, 4, 3, 0, 7]
+    assert [Order(8, seed=0, block_records=3).index(1, position) for position in range(8)] == [1, 2, 3, 4, 5, 6, 7, 0]
 
 
-def take(count, **options):
-    return list(itertools.islice(iter(GlobalBatches(**options)), count))
+@pytest.mark.parametrize("n", [3, 4])
+def test_every_order_is_as_frequent_as_any_other(n):
+    epochs = 6000
+    seen = Counter(tuple(Order(n, seed=1).index(epoch, i) for i in range(n)) for epoch in range(epochs))
+    expected = epochs / math.factorial(n)
+    assert len(seen) == math.factorial(n)
+    spread = sum((count - expected) ** 2 / expected for count in seen.values()) / (len(seen) - 1)
+    assert spread < 3  # 1 on average; 27 with three rounds at n = 4
+
+
+def test_neighbours_are_strangers():
+    n, order = 1000, Order(1000, seed=0)
+    steps = Counter((order.index(e, i + 1) - order.index(e, i)) % n for e in range(20) for i in range(n - 1))
+    assert max(steps.values()) < 45  # 20 on average
+
+
+@pytest.mark.parametrize(("n", "block"), [(50, 7), (48, 8), (5, 100), (9, 1)])
+def test_blocks_stay_together(n, block):
+    order = Order(n, seed=2, block_records=block)
+    starts = set()
+    for epoch in range(5):
+        found = [order.index(epoch, position) for position in range(n)]
+        assert sorted(found) == list(range(n))
+        jumps = [i for i in range(1, n) if found[i] != (found[i - 1] + 1) % n]
+        assert all(i % block == 0 for i in jumps)
+        starts.add(found[0])
+    assert len(starts) > 1
+    with pytest.raises(ValueError, match="block_records=0"):
+        Order(n, 2, 0)
+
+
+def take(count, order, **options):
+    return list(itertools.islice(iter(GlobalBatches(order, **options)), count))
 
 
 @pytest.mark.parametrize("n", [3, 24, 50])  # n < G, n = G, neither a multiple nor a divisor
 def test_ranks_share_one_stream(n):
-    one = take(6, n=n, seed=1, world_size=1, rank=0, micro_batch_size=8, accumulation=3)
-    ranks = [take(6, n=n, seed=1, world_size=4, rank=r, micro_batch_size=2, accumulation=3) for r in range(4)]
+    one = take(6, Order(n, 1), world_size=1, rank=0, micro_batch_size=8)
+    ranks = [take(6, Order(n, 1), world_size=4, rank=r, micro_batch_size=2) for r in range(4)]
     assert [list(itertools.chain(*micro_batches)) for micro_batches in zip(*ranks, strict=True)] == one
     stream = list(itertools.chain(*one))
     assert [(draw.epoch, draw.position) for draw in stream] == [divmod(i, n) for i in range(48)]
@@ -211,9 +248,52 @@ def test_ranks_share_one_stream(n):
         assert sorted(draw.index for draw in stream if draw.epoch == epoch) == list(range(n))
 
 
-def test_first_step_skips_exactly():
-    options = {"n": 11, "seed": 2, "world_size": 2, "rank": 1, "micro_batch_size": 3, "accumulation": 2}
-    assert take(4, **options, first_step=3) == take(10, **options)[6:]
+def stream_of(order, world, micro, count, first=0):
+    """What all ranks read, in the order of the stream."""
+    ranks = [take(count // (world * micro), order, world_size=world, rank=r, micro_batch_size=micro, first=first)
+             for r in range(world)]  # fmt: skip
+    return list(itertools.chain.from_iterable(itertools.chain(*step) for step in zip(*ranks, strict=True)))
+
+
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize(
+    "order", [Order(90, 3), Order(90, 3, 8), Mixture([60, 30], [1, 1], 3)], ids=["", "blocks", "mix"]
+)
+def test_any_number_of_ranks_goes_on_where_two_stopped(world, order):
+    before = stream_of(order, 2, 6, 36)  # three steps of 12
+    after = stream_of(order, world, 3, 144, first=36)
+    assert before + after == [order.draw(i) for i in range(180)]
+    if isinstance(order, Order):
+        assert sorted(draw.index for draw in (before + after)[:90]) == list(range(90))
+    else:  # in epochs of their own: the second source twice as often
+        small = [draw.index for draw in before + after if draw.index >= 60]
+        assert sorted(small) == sorted([*range(60, 90)] * 3)
+
+
+def test_sources_are_mixed_by_weight():
+    order = build_order([1000, 10, 500], 5, weights=[3, 1, 4])
+    drawn = [order.draw(i) for i in range(2000)]
+    source = [0 if d.index < 1000 else 1 if d.index < 1010 else 2 for d in drawn]
+    assert [source.count(k) for k in range(3)] == [750, 250, 1000]
+    for start in range(0, 2000, 40):  # every batch, not only on average
+        found = Counter(source[start : start + 40])
+        assert [abs(found[k] - expected) <= 1 for k, expected in enumerate((15, 5, 20))] == [True] * 3
+    for epoch in range(25):
+        assert sorted(d.index for d in drawn if 1000 <= d.index < 1010 and d.epoch == epoch) == list(range(1000, 1010))
+    assert len({(d.epoch, d.position) for d in drawn}) == 2000  # so that each has an augmentation of its own
+    thirds = build_order([7, 7, 7], 0, weights=[1, 1, 1])
+    counts = Counter(thirds.draw(i).index // 7 for i in range(30_000))
+    assert max(counts.values()) - min(counts.values()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [([1], "expected one weight for each"), ([1, 0], "above 0"), ([1, 1e-6], "leave its source out"),
+     ([1, float("inf")], "above 0")],
+)  # fmt: skip
+def test_weights_refused(weights, message):
+    with pytest.raises(ValueError, match=rf"data.weights: .*{message}"):
+        build_order([5, 5], 0, weights)
 
 
 # --- transforms
@@ -386,7 +466,7 @@ def training_set(records, **options):
 
 
 def batches_of(records, workers, count, first_step=0):
-    batches = GlobalBatches(len(records), 5, 1, 0, 6, 1, first_step)
+    batches = GlobalBatches(Order(len(records), 5), 1, 0, 6, first_step * 6)
     return list(itertools.islice(training_loader(training_set(records), batches, workers), count))
 
 
@@ -429,7 +509,7 @@ def test_augmentation_and_caption_depend_on_the_position_alone(mixed):
 
 def test_only_broken_records_end_the_run(tmp_path):
     record = Record(str(tmp_path / "gone.jpg"), "x", ("x",))
-    with pytest.raises(RuntimeError, match=r"20 records in a row are broken, the last: .*gone.jpg: FileNotFound"):
+    with pytest.raises(ValueError, match=r"20 records in a row are broken, the last: .*gone.jpg: FileNotFound"):
         training_set([record])[Draw(0, 0, 0)]
 
 

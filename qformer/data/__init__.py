@@ -4,8 +4,9 @@ from .cache import FeatureCache, Manifest, differences
 from .caching import CacheWriter
 from .captions import clean_caption, clean_question
 from .loading import Batch, RecordDataset, Sample, collate, evaluation_loader, training_loader
-from .order import Draw, GlobalBatches, Order, derive_seed
-from .records import BrokenRecord, Record, Records, read_records
+from .order import Draw, GlobalBatches, Mixture, Order, build_order, derive_seed
+from .records import BrokenRecord, Record, Records
+from .sources import read_records
 from .transforms import ImageTransform, load_features, load_image, to_rgb
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "GlobalBatches",
     "ImageTransform",
     "Manifest",
+    "Mixture",
     "Order",
     "Record",
     "RecordDataset",
     "Records",
     "Sample",
+    "build_order",
     "clean_caption",
     "clean_question",
     "collate",

@@ -145,11 +145,11 @@ class FeatureCache:
         self.folder = Path(folder).expanduser()
         self.manifest = read_manifest(self.folder)
         self._open: dict[int, TensorFile] = {}
-        if not (self.folder / INDEX).is_file():
-            count = self.manifest.shards["count"]
-            there = sum((self.folder / SHARD.format(number)).is_file() for number in range(count))
+        count = self.manifest.shards["count"]
+        missing = [n for n in range(count) if not (self.folder / SHARD.format(n)).is_file()]
+        if missing or not (self.folder / INDEX).is_file():
             raise ValueError(
-                f"data.features={self.folder} is unfinished, {there} of {count} shards are there; run "
+                f"data.features={self.folder} is unfinished, {count - len(missing)} of {count} shards are there; run "
                 "stages/cache_features.py once more with the same arguments"
             )
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -60,8 +63,7 @@ class RecordDataset(Dataset[Sample]):
         features: a cache that stands in for the records' pictures; `augment` then draws one of its crops.
 
     Raises:
-        ValueError: an unknown text, a negative seed.
-        RuntimeError: on access in training, if 20 attempts in a row met broken records.
+        ValueError: an unknown text, a negative seed; on access in training, if 20 attempts in a row met broken records.
     """
 
     def __init__(
@@ -93,6 +95,11 @@ class RecordDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Records of each source."""
+        return self.records.sizes if isinstance(self.records, Records) else [len(self.records)]
+
     def __getitem__(self, index: Draw | int) -> Sample:
         if isinstance(index, Draw):
             assert not self.in_order, "a dataset in order is indexed by int"
@@ -117,9 +124,10 @@ class RecordDataset(Dataset[Sample]):
                 dropped.append(str(broken))
             entropy = [self.seed, REPLACEMENT, draw.epoch, draw.position, len(dropped)]
             index = int(np.random.default_rng(entropy).integers(len(self.records)))
-        raise RuntimeError(f"{MAX_ATTEMPTS} records in a row are broken, the last: {dropped[-1]}; check the data")
+        raise ValueError(f"{MAX_ATTEMPTS} records in a row are broken, the last: {dropped[-1]}; check the data")
 
     def _sample(self, record: Record, rng: np.random.Generator | None) -> Sample:
+        record.require_sound()
         text = self._choose_text(record, rng)
         draw = rng if self.augment else None
         if self.features is None:
@@ -129,6 +137,8 @@ class RecordDataset(Dataset[Sample]):
             image = self.features.read(
                 record.image_id, 0 if draw is None or not crops else 1 + int(draw.integers(crops))
             )
+            if not image.isfinite().all():
+                raise BrokenRecord(record.image, "its cached features have values that are NaN or infinite")
         return _describe(record, image, text)
 
     def _choose_text(self, record: Record, rng: np.random.Generator | None) -> str:
@@ -157,6 +167,7 @@ def load_input(
     Raises:
         BrokenRecord: it cannot be read, or holds bytes where a feature file is expected.
     """
+    record.require_sound()
     if transform is not None:
         image = load_image(record)
         return [transform.apply(image, draw) for draw in draws]
@@ -250,9 +261,9 @@ def _stack(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def training_loader(dataset: RecordDataset, batches: GlobalBatches, workers: int) -> DataLoader[Sample]:
-    """Return the endless loader of one rank's micro-batches (`Batch`), from `batches.first_step` on.
+    """Return the endless loader of one rank's micro-batches (`Batch`), from `batches.first` on.
 
-    To resume, build it anew with another `first_step`; it neither reads nor moves torch's global random state.
+    To resume, build it anew with another `first`; it neither reads nor moves torch's global random state.
     """
     assert not dataset.in_order
     return _loader(dataset, workers, batch_sampler=batches)
@@ -283,6 +294,14 @@ def _loader(dataset: RecordDataset, workers: int, **batching) -> DataLoader[Samp
 
 
 def start_worker(worker: int) -> None:
-    """What every process that reads does first: one thread, and Ctrl-C left to the main process."""
+    """What every process that reads does first: one thread, Ctrl-C left to the main process, and no life after it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle: it saves, then ends us
+    if multiprocessing.get_start_method() != "fork":  # torch looks at the parent, which then is a server that lives on
+        threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(main: multiprocessing.process.BaseProcess | None) -> None:
+    assert main is not None
+    main.join()
+    os._exit(1)

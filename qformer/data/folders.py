@@ -1,0 +1,91 @@
+"""Image folders: pictures with a metadata file, as `datasets` has them, or each with a .txt or .json of its name."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .records import Identity, Record, Table, one_line
+from .rows import METADATA, open_metadata
+from .tars import PICTURES, record_of_files
+
+if TYPE_CHECKING:
+    import pyarrow
+
+logger = logging.getLogger(__name__)
+
+TEXTS = (".txt", ".json")
+
+
+class Folder:
+    """Pictures of a folder, each beside its text; what is in memory is the list of their names."""
+
+    def __init__(self, source: str, pictures: pyarrow.Array):
+        self.source = source
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def read(self, row: int) -> Record:
+        """The record of a row; its `problem` says what could not be read."""
+        picture = self._path(row)
+        texts: dict[str, bytes] = {}
+        for ending in TEXTS:
+            try:
+                with open(os.path.splitext(picture)[0] + ending, "rb") as file:
+                    texts[ending[1:]] = file.read()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                return Record(picture, picture, problem=f"{type(error).__name__}: {one_line(error)}")
+        return record_of_files(picture, texts, picture)
+
+    def identities(self) -> Iterator[Identity]:
+        """The picture of every row."""
+        for row in range(len(self)):
+            record = self.read(row)
+            yield Identity(record.image, record.image_id, None)
+
+    def _path(self, row: int) -> str:
+        return os.path.join(self.source, self._pictures[row].as_py())
+
+
+def open_folder(folder: str, key: str) -> Table:
+    """Open an image folder by its metadata.jsonl, .csv or .parquet if there is one, else by the texts beside them.
+
+    Raises:
+        ValueError: it holds no picture with a text, or its metadata are wrong as `read_records` says.
+    """
+    folder = os.path.abspath(folder)
+    for name in METADATA:
+        if os.path.isfile(os.path.join(folder, name)):
+            return open_metadata(folder, name, key)
+    import pyarrow
+
+    alone = 0
+    chunks = []
+    for place, names in _walk(folder):
+        there = set(names)
+        found = [name for name in names if os.path.splitext(name)[1].lower()[1:] in PICTURES]
+        kept = [name for name in found if any(os.path.splitext(name)[0] + ending in there for ending in TEXTS)]
+        alone += len(found) - len(kept)
+        chunks.append(pyarrow.array([os.path.join(place, name) for name in kept], pyarrow.large_string()))
+    pictures = pyarrow.concat_arrays(chunks)
+    if len(pictures) == 0:
+        raise ValueError(
+            f"{key}: {folder} holds {alone or 'no'} pictures{' but no text beside them' if alone else ''}; expected "
+            f"{', '.join(METADATA)}, or a .txt or .json named as each picture"
+        )
+    if alone:
+        logger.warning("%s: %d pictures of %s have no .txt or .json beside them and are left out", key, alone, folder)
+    return Folder(folder, pictures)
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """The folder and those below it, relative to it, with their files; in an order that does not change."""
+    for place, below, names in os.walk(folder):
+        below.sort()
+        yield os.path.relpath(place, folder), sorted(names)

@@ -1,0 +1,262 @@
+"""WebDataset tars, read record by record in any order: an index says where in its tar each record begins.
+
+    00000.tar: 000000001.jpg 000000001.txt 000000001.json 000000002.jpg ...
+
+Files next to each other whose names are equal up to the first dot are one record: its picture, its caption (.txt) and
+the schema's other fields (.json, whose "caption" stands in for a missing .txt). Nothing is ever unpacked to a disk.
+
+The index is made once, by reading every tar's headers, and kept with the cache of `datasets`: eight bytes a record, one
+file for each tar and one for all, which is mapped into memory. Processes that make it at the same time share the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import re
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .addresses import Files, find_files
+from .cache import written_whole
+from .records import Identity, Record, build_record, identify, one_line
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+SAY_EVERY_S = 30.0
+PLAIN, EXTENDED = (tarfile.REGTYPE, tarfile.AREGTYPE), tarfile.XHDTYPE
+CHANGING = re.compile(rb"^\d+ (path|size|linkpath|hdrcharset|GNU)", re.MULTILINE)  # most only tell a finer time
+# What a .json may say, and of which type; the rest of it is not read.
+TEXTS, IDS = ("caption", "answers"), ("image_id", "question_id", "question_type")
+
+
+class Tars:
+    """The records of WebDataset tars; a worker reads each with one request.
+
+    Args:
+        index: int64[S + n + S]: for each of the S tars the number of records up to its end; then where in the tar each
+            of its records begins, and where the last one ends.
+    """
+
+    def __init__(self, source: str, files: Files, index: Path):
+        self.source = source
+        self._files = files
+        self._index = index
+        self._open()
+
+    def _open(self) -> None:
+        mapped = np.load(self._index, mmap_mode="r", allow_pickle=False)
+        tars = len(self._files.paths)
+        self._ends = np.array(mapped[:tars])
+        self._offsets = mapped[tars:]
+
+    def __getstate__(self) -> dict[str, Any]:  # a pickled map would be a copy of the whole index
+        return {name: value for name, value in vars(self).items() if name not in ("_ends", "_offsets")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, row: int) -> Record:
+        """The record of a row; its `problem` says what could not be read."""
+        tar = int(np.searchsorted(self._ends, row, side="right"))
+        start, end = self._offsets[row + tar : row + tar + 2].tolist()
+        path = self._files.paths[tar]
+        try:
+            content = self._files.system.cat_file(path, start=start, end=end)
+            key, members = read_members(content)
+        except Exception as error:  # file systems and damaged bytes raise every kind
+            name = f"{path}#byte {start}"
+            return Record(name, name, problem=f"{type(error).__name__}: {one_line(error)}")
+        return record_of_files(f"{path}#{key}", members)
+
+    def identities(self) -> Iterator[Identity]:
+        """The picture of every row; all of the tars are read."""
+        for row in range(len(self)):
+            record = self.read(row)
+            yield Identity(record.image, record.image_id, record.image_bytes or b"")
+
+
+def record_of_files(name: str, files: dict[str, bytes], picture: str | None = None) -> Record:
+    """The record that files of one name and several endings make up.
+
+    Args:
+        picture: path of the picture where it is a file by itself; otherwise it is one of `files`.
+    """
+    content = next((files[ending] for ending in PICTURES if ending in files), None)
+    try:
+        if content is None and picture is None:
+            raise ValueError(f"it has no picture ({', '.join(PICTURES)}), only {', '.join(files) or 'nothing'}")
+        fields = _fields(json.loads(files["json"])) if "json" in files else {}
+        if "txt" in files:
+            fields["caption"] = files["txt"].decode()
+    except (ValueError, RecursionError) as error:  # of json.loads too
+        return Record(name, name, problem=one_line(error))
+    return build_record(identify(name if picture is None else picture, content, fields.get("image_id")), fields)
+
+
+def _fields(said: Any) -> dict[str, Any]:
+    """The schema's fields of a .json."""
+    if not isinstance(said, dict):
+        raise ValueError(f"its .json holds {type(said).__name__}; expected an object")
+    found = {name: said[name] for name in ("question", *TEXTS, *IDS) if said.get(name) is not None}
+    for name, value in found.items():
+        is_text = isinstance(value, str)
+        is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+        is_number = isinstance(value, (int, float))
+        fits = {"caption": is_text or is_texts, "answers": is_texts, "question": is_text}
+        if not fits.get(name, is_text or is_number):
+            raise ValueError(f"{name!r} in its .json is {type(value).__name__}; expected text as in the record schema")
+    return found
+
+
+def read_members(content: bytes) -> tuple[str, dict[str, bytes]]:
+    """Name of a record and its files by ending, out of its part of a tar.
+
+    What nearly every tar consists of is read here, ten times as fast; the rest by tarfile, with the same result.
+
+    Raises:
+        tarfile.TarError, ValueError: the part is damaged.
+    """
+    found: dict[str, bytes] = {}
+    key, at = "", 0
+    while at < len(content) and content[at]:
+        header = content[at : at + tarfile.BLOCKSIZE]
+        kind, octal = header[156:157], header[124:136].strip(b" \0")
+        if kind not in (*PLAIN, EXTENDED) or header[345:346] != b"\0" or not octal.isdigit():
+            return _read_by_tarfile(content)
+        start = at + tarfile.BLOCKSIZE
+        end = start + int(octal, 8)
+        if end > len(content):
+            raise tarfile.ReadError("unexpected end of data")
+        if kind == EXTENDED and CHANGING.search(content[start:end]):
+            return _read_by_tarfile(content)
+        match = NAME.fullmatch(header[:100].partition(b"\0")[0].decode(errors="surrogateescape"))
+        if match and kind in PLAIN:
+            key, ending = match[1], match[2].lower()
+            found[ending] = content[start:end]
+        at = end + -end % tarfile.BLOCKSIZE
+    return key, found
+
+
+def _read_by_tarfile(content: bytes) -> tuple[str, dict[str, bytes]]:
+    """The same by tarfile: long names and numbers; links, devices and files with holes are none."""
+    found: dict[str, bytes] = {}
+    key = ""
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            named = _named(member)
+            if named:
+                key, ending = named
+                found[ending] = tar.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
+    return key, found
+
+
+def _named(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """The key and the ending of a member that belongs to a record."""
+    match = NAME.fullmatch(member.name)
+    if match is None or not member.isreg() or member.issparse():
+        return None
+    return match[1], match[2].lower()
+
+
+def open_tars(source: str, key: str) -> Tars:
+    """Find the tars of a path or address and their index, which is made if it is not there.
+
+    Raises:
+        ValueError: there is no such tar, one is damaged, compressed or cut short, or they hold no records.
+    """
+    files = find_files(source, key)
+    folder = _index_folder()
+    states = files.ask(files.system.ukey, files.paths, key)  # a tar that was changed is indexed anew
+    parts = [folder / f"{_name(path, state)}.npy" for path, state in zip(files.paths, states, strict=True)]
+    whole = folder / f"{_name(*(part.stem for part in parts))}.npy"
+    if not whole.exists():
+        _make_parts(files, parts, key)
+        offsets = [np.load(part, allow_pickle=False) for part in parts]
+        ends = np.cumsum([len(found) - 1 for found in offsets])
+        _save(whole, np.concatenate([ends, *offsets]))
+    table = Tars(source, files, whole)
+    if len(table) == 0:
+        raise ValueError(f"{key}: {source} holds no records; expected files such as 0001.jpg and 0001.txt in its tars")
+    return table
+
+
+def _index_folder() -> Path:
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "qformer_tars"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _name(*parts: str) -> str:
+    return hashlib.blake2b("\n".join([str(FORMAT_VERSION), *parts]).encode(), digest_size=16).hexdigest()
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with written_whole(path) as scratch, scratch.open("wb") as file:
+        np.save(file, array.astype(np.int64))
+
+
+def _make_parts(files: Files, parts: list[Path], key: str) -> None:
+    """Index the tars that are not yet; each process begins elsewhere and skips what another has done meanwhile."""
+    missing = {path: part for path, part in zip(files.paths, parts, strict=True) if not part.exists()}
+    own_order = random.Random(os.getpid()).sample(list(missing), len(missing))
+
+    def make(path: str) -> None:
+        if not missing[path].exists():
+            with files.system.open(path, "rb") as file:
+                _save(missing[path], index_tar(file, path, key))
+
+    said = time.monotonic()
+    for done, _ in enumerate(files.ask(make, own_order, key), start=len(parts) - len(missing) + 1):
+        if time.monotonic() - said > SAY_EVERY_S:
+            said = time.monotonic()
+            logger.info("%s: %d of %d tars have an index", files.address, done, len(parts))
+
+
+def index_tar(file: BinaryIO, name: str, key: str = "data") -> np.ndarray:
+    """Where each record of a tar begins and where the last one ends, int64[n + 1] in bytes; reads its headers only.
+
+    Raises:
+        ValueError: it is no tar, compressed, damaged or cut short.
+    """
+    starts: list[int] = []
+    current, end = None, 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # otherwise it remembers all of them
+                named = _named(member)
+                if named and named[0] != current:
+                    current = named[0]
+                    starts.append(member.offset)
+                end = tar.offset
+            file.seek(end)
+            left = file.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}: {name} cannot be read as a tar: {one_line(error)}; "
+            "expected a whole one that is not compressed, fetch it again"
+        ) from None
+    if left.strip(b"\0"):  # tarfile takes a damaged header for the end
+        raise ValueError(f"{key}: {name} is damaged at byte {end}, after {len(starts)} records; fetch it again")
+    if not left:
+        logger.warning("%s: %s ends without the mark of an end; it may have been cut short", key, name)
+    return np.array([*starts, end], dtype=np.int64)
