@@ -16,20 +16,23 @@ Padding text tokens are looked at by nobody. ITG's queries do not depend on the 
 itself: the causal pass runs the text rows alone against the query pass's keys and values.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KeysValues = tuple[Tensor, Tensor]  # two of float[B, H, T, D / H]
+from qformer.layers import Attention, FeedForward, KeysValues, Looked, Packing, dropout
 
 
 class ImageMemory(NamedTuple):
-    """An image as cross-attention sees it: keys and values of every layer that looks, projected once."""
+    """Images as cross-attention sees them: keys and values of every layer that looks, projected once."""
 
     layers: list[KeysValues]
     mask: Tensor | None  # bool[B, 1, 1, N]
+    times: int = 1
+    """Rows that look at each image: row r looks at image r % B. Nothing is copied for it."""
 
     def select(self, index: Tensor) -> "ImageMemory":
         """The images at `index` int64[B'], in that order."""
@@ -42,62 +45,6 @@ class QueryPass(NamedTuple):
 
     output: Tensor
     keys_values: list[KeysValues]
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot-product attention: float[B, H, T, E] over float[B, H, N, E], where bool `mask` is True.
-
-    PyTorch's fused kernel, but on CPUs in bfloat16 plain matrix products: the fused one's gradient is nine times slower.
-    """
-    if query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad:
-        scores = query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        return F.dropout(scores.softmax(3), dropout) @ value
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-
-
-class Attention(nn.Module):
-    """Multi-head attention with BERT's output: dense, dropout, residual, LayerNorm (post-norm)."""
-
-    def __init__(self, width: int, memory_width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(memory_width, width)
-        self.value = nn.Linear(memory_width, width)
-        self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-
-    def keys_values(self, memory: Tensor) -> KeysValues:
-        """Keys and values of `memory` float[B, N, Dm]."""
-        return self._split(self.key(memory)), self._split(self.value(memory))
-
-    def forward(self, hidden: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
-        """float[B, T, D] attending to the keys and values where `mask` (bool, broadcast to [B, H, T, N]) is True."""
-        p = self.dropout if self.training else 0.0
-        query = self._split(self.query(hidden))
-        read = attend(query, *keys_values, mask, p)
-        read = self.dense(read.transpose(1, 2).flatten(2))
-        return self.norm(hidden + F.dropout(read, self.dropout, self.training))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-
-class FeedForward(nn.Module):
-    """BERT's feed-forward network with exact GELU and post-norm."""
-
-    def __init__(self, width: int, ffn_width: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.up = nn.Linear(width, ffn_width)
-        self.down = nn.Linear(ffn_width, width)
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        changed = F.dropout(self.down(F.gelu(self.up(hidden))), self.dropout, self.training)
-        return self.norm(hidden + changed)
 
 
 class Block(nn.Module):
@@ -113,26 +60,23 @@ class Block(nn.Module):
         self.text_ffn = FeedForward(width, ffn_width, dropout) if has_text else None
 
     def forward(
-        self, hidden: Tensor, n_queries: int, mask: Tensor | None, image: KeysValues | None,
-        image_mask: Tensor | None, before: KeysValues | None, rows: int | None = None,
+        self, hidden: Tensor, packing: Packing, mask: Tensor | None,
+        images: Sequence[Looked], before: KeysValues | None, reads: Tensor | None,
     ) -> tuple[Tensor, KeysValues]:  # fmt: skip
-        keys_values = self.attention.keys_values(hidden)
-        hidden = hidden[:, :rows]
-        seen = keys_values
-        if before is not None:
-            seen = (torch.cat([before[0], seen[0]], 2), torch.cat([before[1], seen[1]], 2))
-        hidden = self.attention(hidden, seen, mask)
-        queries, text = hidden.split([n_queries, hidden.shape[1] - n_queries], 1)
+        hidden, keys_values = self.attention(hidden, packing, mask, before, reads)
+        n_queries = packing.rows * packing.queries
+        queries, text = hidden.split([n_queries, len(hidden) - n_queries])
         parts = []
-        if n_queries:
-            if image is not None:
+        if len(queries):
+            if images:
                 assert self.cross_attention is not None
-                queries = self.cross_attention(queries, image, image_mask)
+                rows = queries.unflatten(0, (packing.rows, packing.queries))
+                queries = self.cross_attention.look(rows, images).flatten(0, 1)
             parts.append(self.query_ffn(queries))
-        if text.shape[1]:
+        if len(text):
             assert self.text_ffn is not None, "this Q-Former was built without a text side"
             parts.append(self.text_ffn(text))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1), keys_values
+        return parts[0] if len(parts) == 1 else torch.cat(parts), keys_values
 
 
 class QFormer(nn.Module):
@@ -195,64 +139,125 @@ class QFormer(nn.Module):
             if block.text_ffn is not None:
                 block.query_ffn.load_state_dict(block.text_ffn.state_dict())
 
-    def project_images(self, image_features: Tensor, image_mask: Tensor | None = None) -> ImageMemory:
-        """Project normed features float[B, N, Dv] (bool[B, N], True = real) to cross-attention keys and values, once."""
-        layers = [b.cross_attention.keys_values(image_features) for b in self.layers if b.cross_attention is not None]
-        return ImageMemory(layers, None if image_mask is None else image_mask[:, None, None, :])
+    def project_images(
+        self, image_features: Tensor, image_mask: Tensor | None = None, norm: nn.LayerNorm | None = None
+    ) -> ImageMemory:
+        """Project features float[B, N, Dv] (bool[B, N], True = real) to cross-attention keys and values, once.
+
+        Args:
+            norm: applied to the features first; None where they are normed already.
+        """
+        fold = None
+        if norm is not None:
+            image_features = image_features.to(norm.weight.dtype)
+            if torch.is_grad_enabled() and not image_features.requires_grad:
+                fold, image_features = norm, F.layer_norm(image_features, norm.normalized_shape, eps=norm.eps)
+            else:
+                image_features = norm(image_features)
+        looking = [block.cross_attention for block in self.layers if block.cross_attention is not None]
+        mask = None if image_mask is None else image_mask[:, None, None, :]
+        return ImageMemory([attention.keys_values(image_features, fold) for attention in looking], mask)
 
     def query_pass(self, images: ImageMemory) -> QueryPass:
         """The queries look at the images and at each other: float[B, Q, D]."""
-        return QueryPass(*self._run(self._embed_queries(images), self.query_tokens.shape[1], None, images))
+        packing = Packing(len(images.layers[0][0]), self.query_tokens.shape[1], None)
+        kept: list[KeysValues] = []
+        output = self._run(self._embed_queries(packing), packing, None, [images], kept=kept)
+        return QueryPass(packing.pad(output), kept)
 
-    def text_pass(self, text_ids: Tensor, text_mask: Tensor, rows: int | None = None) -> Tensor:
-        """The text alone, every token sees every token: int64[B, T], bool[B, T] -> float[B, T, D], or its first `rows`."""
-        return self._run(self._embed_text(text_ids), 0, text_mask[:, None, None, :], rows=rows)[0]
+    def text_pass(self, text: Tensor, text_mask: Tensor, first: bool = False) -> Tensor:
+        """The text alone, every token sees every token: float[B, T, D], zero at padding.
 
-    def matching_pass(self, images: ImageMemory, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Queries and text together, everything sees everything: the queries' output float[B, Q, D]."""
-        queries = self._embed_queries(images)
-        n_queries = queries.shape[1]
-        hidden = torch.cat([queries, self._embed_text(text_ids)], 1)
-        mask = torch.cat([text_mask.new_ones(len(text_mask), n_queries), text_mask], 1)[:, None, None, :]
-        return self._run(hidden, n_queries, mask, images, rows=n_queries)[0]
+        Args:
+            text: int64[B, T] ids, or float[B, T, D] their word embeddings; text_mask: bool[B, T], True = a token.
+            first: only the output of each text's first token, float[B, D].
+        """
+        packing, mask = Packing.of(text_mask), text_mask[:, None, None, :]
+        hidden = self._embed_text(text, packing)
+        if not first:
+            return packing.pad(self._run(hidden, packing, mask))
+        lengths = text_mask.sum(1)
+        return self._run(hidden, packing, mask, reads=(lengths.cumsum(0) - lengths)[:, None])
 
-    def causal_pass(self, text_ids: Tensor, text_mask: Tensor, queries: QueryPass) -> Tensor:
-        """The text sees all queries and earlier text: float[B, T, D]; the same as the joint mask (module docstring)."""
-        length, n_queries = text_ids.shape[1], queries.output.shape[1]
-        earlier = torch.ones(length, length, dtype=torch.bool, device=text_ids.device).tril()
-        text = earlier & text_mask[:, None, None, :]
-        mask = torch.cat([text.new_ones(*text.shape[:3], n_queries), text], 3)
-        return self._run(self._embed_text(text_ids), 0, mask, before=queries.keys_values)[0]
+    def matching_pass(self, images: Sequence[ImageMemory], text: Tensor, text_mask: Tensor) -> Tensor:
+        """Queries and text together, everything sees everything: the queries' output float[R, Q, D].
 
-    def _embed_queries(self, images: ImageMemory) -> Tensor:
-        batch = len(images.layers[0][0])
-        return self._norm_embedding(self.query_tokens.expand(batch, -1, -1))
+        Args:
+            images: what the R rows look at, group after group.
+        """
+        rows, n_queries = len(text), self.query_tokens.shape[1]
+        packing = Packing.of(text_mask, n_queries)
+        hidden = torch.cat([self._embed_queries(packing), self._embed_text(text, packing)])
+        mask = torch.cat([text_mask.new_ones(rows, n_queries), text_mask], 1)[:, None, None, :]
+        reads = torch.arange(rows * n_queries, device=hidden.device).view(rows, n_queries)
+        return self._run(hidden, packing, mask, images, reads=reads).view(rows, n_queries, -1)
 
-    def _embed_text(self, text_ids: Tensor) -> Tensor:
+    def causal_pass(self, text: Tensor, text_mask: Tensor, queries: QueryPass) -> Tensor:
+        """The text sees all queries and earlier text: float[B, T, D], zero at padding; the same as the joint mask."""
+        packing, mask = Packing.of(text_mask), _causal_mask(text_mask, queries)
+        return packing.pad(self._run(self._embed_text(text, packing), packing, mask, before=queries.keys_values))
+
+    def text_and_causal_pass(
+        self, text: Tensor, decoded: Tensor, text_mask: Tensor, queries: QueryPass
+    ) -> tuple[Tensor, Tensor]:
+        """`text_pass` of one and `causal_pass` of the other, which has the same mask, as rows of one pass."""
+        causal = _causal_mask(text_mask, queries)
+        alone = causal.clone()
+        alone[..., : queries.output.shape[1]] = False
+        alone[..., queries.output.shape[1] :] = text_mask[:, None, None, :]
+        packing = Packing.of(text_mask.repeat(2, 1))
+        before = [(key.repeat(2, 1, 1, 1), value.repeat(2, 1, 1, 1)) for key, value in queries.keys_values]
+        hidden = self._embed_text(torch.cat([text, decoded]), packing)
+        first, second = packing.pad(self._run(hidden, packing, torch.cat([alone, causal]), before=before)).chunk(2)
+        return first, second
+
+    def _embed_queries(self, packing: Packing) -> Tensor:
+        return self._norm_embedding(self.query_tokens.expand(packing.rows, -1, -1).flatten(0, 1))
+
+    def _embed_text(self, text: Tensor, packing: Packing) -> Tensor:
         assert self.word_embeddings is not None, "this Q-Former was built without a text side"
         assert self.position_embeddings is not None
-        if text_ids.shape[1] > self.max_text_positions:
+        assert packing.text is not None
+        if packing.length > self.max_text_positions:
             raise ValueError(
-                f"text of {text_ids.shape[1]} tokens is longer than qformer.max_text_positions={self.max_text_positions}; "
+                f"text of {packing.length} tokens is longer than qformer.max_text_positions={self.max_text_positions}; "
                 "shorten it, lower data.max_text_tokens, or raise qformer.max_text_positions"
             )
-        words = self.word_embeddings(text_ids)
-        return self._norm_embedding(words + self.position_embeddings.weight[: text_ids.shape[1]])
+        tokens = text.flatten(0, 1).index_select(0, packing.text)
+        words = tokens if tokens.is_floating_point() else self.word_embeddings(tokens)
+        return self._norm_embedding(words + self.position_embeddings(packing.text % packing.length))
 
     def _norm_embedding(self, embedding: Tensor) -> Tensor:
-        return F.dropout(self.embedding_norm(embedding), self.dropout, self.training)
+        return dropout(self.embedding_norm(embedding), self.dropout if self.training else 0.0)
 
     def _run(
-        self, hidden: Tensor, n_queries: int, mask: Tensor | None, images: ImageMemory | None = None,
-        before: list[KeysValues] | None = None, rows: int | None = None,
-    ) -> tuple[Tensor, list[KeysValues]]:  # fmt: skip
-        """`rows`: positions of the last layer that somebody reads; the others are not computed there."""
-        all_keys_values = []
-        image_layers = iter(images.layers if images is not None else ())
-        image_mask = images.mask if images is not None else None
+        self, hidden: Tensor, packing: Packing, mask: Tensor | None, images: Sequence[ImageMemory] = (),
+        before: list[KeysValues] | None = None, reads: Tensor | None = None, kept: list[KeysValues] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Packed tokens through all layers.
+
+        Args:
+            reads: the last layer's tokens that somebody reads, int64[R, n]; the others are not computed there.
+            kept: gains every layer's self-attention keys and values.
+        """
+        looked = 0
         for i, block in enumerate(self.layers):
-            image = next(image_layers) if images is not None and block.cross_attention is not None else None
-            read = rows if i == len(self.blocks) - 1 else None
-            hidden, keys_values = block(hidden, n_queries, mask, image, image_mask, before[i] if before else None, read)
-            all_keys_values.append(keys_values)
-        return hidden, all_keys_values
+            seen = []
+            if images and block.cross_attention is not None:
+                seen = [(memory.layers[looked], memory.mask, memory.times) for memory in images]
+                looked += 1
+            last = i == len(self.blocks) - 1
+            hidden, keys_values = block(
+                hidden, packing, mask, seen, before[i] if before else None, reads if last else None
+            )
+            if kept is not None:
+                kept.append(keys_values)
+        return hidden
+
+
+def _causal_mask(text_mask: Tensor, queries: QueryPass) -> Tensor:
+    """bool[B, 1, T, Q + T] of bool[B, T]: all queries and earlier text."""
+    length, n_queries = text_mask.shape[1], queries.output.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=text_mask.device).tril()
+    text = earlier & text_mask[:, None, None, :]
+    return torch.cat([text.new_ones(*text.shape[:3], n_queries), text], 3)

@@ -6,7 +6,8 @@ from tiny import shake
 from torch import Tensor
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from qformer.qformer import Block, QFormer
+from qformer import layers
+from qformer.qformer import QFormer
 
 B, N, Q, T, D, V, ENCODER_WIDTH = 3, 6, 4, 5, 32, 40, 24
 IMAGE_MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.bool)
@@ -29,16 +30,28 @@ def draw(batch: int = B) -> tuple[Tensor, Tensor]:
 
 
 def joint_pass(qformer: QFormer, features: Tensor, ids: Tensor, mask: Tensor, image_mask: Tensor | None = None):
-    """The reference: queries and text as one sequence through the blocks under a mask bool[B, 1, Q+T, Q+T]."""
-    images = qformer.project_images(features, image_mask)
-    n_queries = qformer.query_tokens.shape[1]
-    hidden = torch.cat([qformer._embed_queries(images), qformer._embed_text(ids)], 1)
-    layers = iter(images.layers)
-    for block in qformer.blocks:
-        assert isinstance(block, Block)
-        image = next(layers) if block.cross_attention is not None else None
-        hidden, _ = block(hidden, n_queries, mask, image, images.mask, None)
-    return hidden[:, :n_queries], hidden[:, n_queries:]
+    """The reference: queries and padded text as one sequence through the layers' modules, under a mask bool[B, 1, Q+T, Q+T]."""
+    queries = qformer.query_tokens.expand(len(ids), -1, -1)
+    words = qformer.word_embeddings(ids) + qformer.position_embeddings.weight[: ids.shape[1]]
+    hidden = qformer.embedding_norm(torch.cat([queries, words], 1))
+    look = None if image_mask is None else image_mask[:, None, None, :]
+
+    def add_attention(attention, hidden, memory, mask):
+        q, k, v = (
+            attention.split(x) for x in (attention.query(hidden), attention.key(memory), attention.value(memory))
+        )
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        read = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(3) @ v
+        return attention.norm(hidden + attention.dense(read.transpose(1, 2).flatten(2)))
+
+    for block in qformer.layers:
+        hidden = add_attention(block.attention, hidden, hidden, mask)
+        queries, text = hidden.split([qformer.query_tokens.shape[1], ids.shape[1]], 1)
+        if block.cross_attention is not None:
+            queries = add_attention(block.cross_attention, queries, features, look)
+        fed = ((block.query_ffn, queries), (block.text_ffn, text))
+        hidden = torch.cat([ffn.norm(x + ffn.down(torch.nn.functional.gelu(ffn.up(x)))) for ffn, x in fed], 1)
+    return hidden.split([queries.shape[1], ids.shape[1]], 1)
 
 
 def causal_mask(text_mask: Tensor, queries: int = Q) -> Tensor:
@@ -60,7 +73,7 @@ def outputs(qformer: QFormer, pattern: str, features: Tensor, ids: Tensor) -> Te
     return {
         "queries alone": lambda: queries.output,
         "text alone": lambda: qformer.text_pass(ids, mask),
-        "all see all": lambda: qformer.matching_pass(images, ids, mask),
+        "all see all": lambda: qformer.matching_pass([images], ids, mask),
         "text after queries": lambda: torch.cat([queries.output, qformer.causal_pass(ids, mask, queries)], 1),
     }[pattern]()[0]
 
@@ -137,8 +150,111 @@ def test_matching_pass_is_the_joint_pass_where_all_see_all():
     features, ids = draw()
     mask = torch.cat([torch.ones(B, Q, dtype=torch.bool), TEXT_MASK], 1)[:, None, None, :]
     expected, _ = joint_pass(qformer, features, ids, mask, IMAGE_MASK)
-    found = qformer.matching_pass(qformer.project_images(features, IMAGE_MASK), ids, TEXT_MASK)
+    found = qformer.matching_pass([qformer.project_images(features, IMAGE_MASK)], ids, TEXT_MASK)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_text_and_causal_rows_of_one_pass_are_those_of_two():
+    qformer = build()
+    features, ids = draw()
+    queries = qformer.query_pass(qformer.project_images(features, IMAGE_MASK))
+    text, causal = qformer.text_and_causal_pass(ids, ids.flip(0), TEXT_MASK, queries)
+    torch.testing.assert_close(text, qformer.text_pass(ids, TEXT_MASK), atol=1e-5, rtol=0)
+    torch.testing.assert_close(causal, qformer.causal_pass(ids.flip(0), TEXT_MASK, queries), atol=1e-5, rtol=0)
+    torch.testing.assert_close(text[:, 0], qformer.text_pass(ids, TEXT_MASK, first=True), atol=1e-5, rtol=0)
+    embedded = qformer.text_pass(qformer.word_embeddings(ids), TEXT_MASK)
+    torch.testing.assert_close(embedded, text, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_images_that_several_rows_look_at_are_those_images_repeated():
+    qformer = build()
+    features, ids = draw()
+    images = qformer.project_images(features, IMAGE_MASK)
+    other = images.select(torch.tensor([2, 0, 1]))
+    texts, masks = torch.cat([ids, ids.flip(0), ids.flip(1)]), TEXT_MASK.repeat(3, 1)
+    found = qformer.matching_pass([images._replace(times=2), other], texts, masks)
+    each = [qformer.matching_pass([i], texts[r], masks[r]) for i, r in
+            ((images, slice(3)), (images, slice(3, 6)), (other, slice(6, 9)))]  # fmt: skip
+    torch.testing.assert_close(found, torch.cat(each), atol=1e-5, rtol=0)
+
+
+def test_many_tokens_are_filled_up_and_the_filler_changes_nothing():
+    qformer, rows = build(), 200
+    torch.manual_seed(2)
+    ids, mask = torch.randint(1, V, (rows, T)), torch.arange(T) < torch.randint(1, T + 1, (rows, 1))
+    packing = layers.Packing.of(mask)
+    assert packing.tokens == mask.sum() < len(packing.text)
+    assert len(packing.text) % 64 == 0
+    together = qformer.text_pass(ids, mask)
+    weight = torch.randn(rows, T, D)
+    (together * weight).sum().backward()
+    gradient = {name: p.grad.clone() for name, p in qformer.named_parameters() if p.grad is not None}
+    qformer.zero_grad()
+    parts = torch.cat([qformer.text_pass(i, m) for i, m in zip(ids.split(50), mask.split(50), strict=True)])
+    torch.testing.assert_close(together, parts, atol=1e-5, rtol=0)
+    (parts * weight).sum().backward()
+    for name, found in gradient.items():
+        expected = qformer.get_parameter(name).grad
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_folded_norm_gives_the_values_and_gradients_of_one_that_is_applied():
+    qformer, norm = build(), torch.nn.LayerNorm(ENCODER_WIDTH)
+    shake(norm, by=0.2)
+    features, _ = draw()
+    weight = torch.randn(B, Q, D)
+
+    def gradients(given: Tensor, norm_given: torch.nn.LayerNorm | None) -> tuple[Tensor, dict[str, Tensor]]:
+        for module in (qformer, norm):
+            module.zero_grad()
+        output = qformer.query_pass(qformer.project_images(given, IMAGE_MASK, norm_given)).output
+        (output * weight).sum().backward()
+        named = [*qformer.named_parameters(), *norm.named_parameters()]
+        return output, {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    folded, applied = gradients(features, norm), gradients(norm(features), None)
+    torch.testing.assert_close(folded[0], applied[0], atol=1e-5, rtol=0)
+    assert folded[1].keys() == applied[1].keys() >= {"weight", "bias"}
+    for name, gradient in folded[1].items():
+        torch.testing.assert_close(gradient, applied[1][name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    with torch.no_grad():
+        torch.testing.assert_close(qformer.project_images(features, IMAGE_MASK, norm).layers[0][0],
+                                   qformer.project_images(norm(features)).layers[0][0])  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_plain_attention_is_the_fused_one_and_its_gradient_that_of_autograd(dtype, p, monkeypatch):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 8).to(dtype).requires_grad_() for n in (5, 7, 7))
+    mask = torch.rand(2, 1, 5, 7) > 0.3
+    mask[..., 0] = True
+    drop = torch.rand(2, 3, 5, 7) < p
+    monkeypatch.setattr(layers, "draw_drops", lambda shape, p, device: (drop, 1 / (1 - p)))
+    found = layers._PlainAttention.apply(query, key, value, mask, p)
+    gradients = torch.autograd.grad(found.float().pow(2).sum(), (query, key, value))
+    q, k, v = (x.detach().double().requires_grad_() for x in (query, key, value))
+    shares = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~mask, -torch.inf).softmax(3)
+    expected = shares.masked_fill(drop, 0) / (1 - p) @ v
+    tolerance = 1e-5 if dtype == torch.float32 else 0.15
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected.pow(2).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_dropout_drops_its_share_keeps_the_mean_and_follows_the_seed():
+    x = torch.ones(1000, 333)
+    torch.manual_seed(0)
+    once, again = layers.dropout(x, 0.1), layers.dropout(x, 0.1)
+    assert (once == 0).float().mean().item() == pytest.approx(0.1, abs=0.003)
+    assert once.mean().item() == pytest.approx(1, abs=0.004)
+    assert not torch.equal(once, again)
+    torch.manual_seed(0)
+    assert torch.equal(layers.dropout(x, 0.1), once)
+    columns = (once == 0).float().mean(0)
+    assert columns.std() < 0.015, "no column is dropped more often than another"
 
 
 # ---- padding ----
@@ -151,7 +267,7 @@ def test_padded_image_tokens_never_matter():
     garbage = torch.where(IMAGE_MASK[..., None], features, 1e4)
     whole, padded = (qformer.project_images(f, IMAGE_MASK) for f in (features, garbage))
     assert torch.equal(qformer.query_pass(whole).output, qformer.query_pass(padded).output)
-    assert torch.equal(qformer.matching_pass(whole, ids, TEXT_MASK), qformer.matching_pass(padded, ids, TEXT_MASK))
+    assert torch.equal(qformer.matching_pass([whole], ids, TEXT_MASK), qformer.matching_pass([padded], ids, TEXT_MASK))
     for row, length in enumerate(IMAGE_MASK.sum(1)):  # and each row is what it is alone, without any padding
         alone = qformer.query_pass(qformer.project_images(features[row : row + 1, :length])).output[0]
         torch.testing.assert_close(qformer.query_pass(padded).output[row], alone, atol=1e-5, rtol=0)
@@ -166,7 +282,7 @@ def test_padded_text_never_matters():
     garbage = torch.where(TEXT_MASK, ids, (ids + 11) % V)
     passes = {
         "text": lambda x, m, i, q: qformer.text_pass(x, m),
-        "matching": lambda x, m, i, q: qformer.matching_pass(i, x, m),
+        "matching": lambda x, m, i, q: qformer.matching_pass([i], x, m),
         "causal": lambda x, m, i, q: qformer.causal_pass(x, m, q),
     }
     for name, run in passes.items():
@@ -260,7 +376,7 @@ def test_passes_with_text_equal_transformers(pair):
 
     together = torch.cat([torch.ones(B, Q, dtype=torch.long), TEXT_MASK.long()], 1)
     expected = theirs(**given, attention_mask=together).last_hidden_state[:, :Q]
-    torch.testing.assert_close(ours.matching_pass(images, ids, TEXT_MASK), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.matching_pass([images], ids, TEXT_MASK), expected, atol=1e-5, rtol=0)
 
     expected = theirs(**given, attention_mask=causal_mask(TEXT_MASK)).last_hidden_state[:, Q:]
     found = ours.causal_pass(ids, TEXT_MASK, ours.query_pass(images))

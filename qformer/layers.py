@@ -1,0 +1,217 @@
+"""Layers of the Q-Former: attention and feed-forward networks over packed tokens, and what makes them lean.
+
+Shape letters: R rows, P packed tokens, Q queries, T text tokens, L = Q + T, N image tokens, D width, H heads, E = D / H.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeysValues = tuple[Tensor, Tensor]  # two of float[R, H, L, E]
+Looked = tuple[KeysValues, Tensor | None, int]  # images: keys and values, mask, and how many rows look at each
+
+
+class Packing(NamedTuple):
+    """The tokens of R rows without the padding of their texts: all that layers compute, but for attention itself.
+
+    All rows' queries come first, then the texts. With one query a row, and the texts "a b" and "c":
+
+        padded  [q a b]    packed  [q r a b c]
+                [r c .]
+    """
+
+    rows: int
+    queries: int
+    text: Tensor | None  # where the text's tokens lie among R * T, int64; None where there is no text
+    length: int = 0  # T
+    tokens: int = 0  # of the text; what follows them is filler that nobody reads
+
+    @staticmethod
+    def of(text_mask: Tensor, queries: int = 0) -> "Packing":
+        """Rows of `queries` and of the texts of bool[R, T], True = a token.
+
+        Many tokens are filled up to a multiple of 64: kernels are made, and kept, for every size that they meet.
+        """
+        text = text_mask.flatten().nonzero()[:, 0]
+        filler = text[:1].expand(-len(text) % 64 if len(text) > 512 else 0)
+        return Packing(len(text_mask), queries, torch.cat([text, filler]), text_mask.shape[1], len(text))
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """float[P, D] -> float[R, Q + T, D], zero where there is no token."""
+        if self.text is None:
+            return packed.unflatten(0, (self.rows, self.queries))
+        texts = packed.new_zeros(self.rows * self.length, packed.shape[1])
+        queries, tokens, _ = packed.tensor_split([first := self.rows * self.queries, first + self.tokens])
+        texts = texts.index_put((self.text[: self.tokens],), tokens).unflatten(0, (self.rows, self.length))
+        return texts if not self.queries else torch.cat([queries.unflatten(0, (self.rows, self.queries)), texts], 1)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """float[R, Q + T, D] -> float[P, D]."""
+        queries, texts = padded.split([self.queries, self.length], 1)
+        if self.text is None:
+            return queries.flatten(0, 1)
+        tokens = texts.flatten(0, 1).index_select(0, self.text)
+        return tokens if not self.queries else torch.cat([queries.flatten(0, 1), tokens])
+
+
+def draw_drops(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor, float]:
+    """What dropout drops, bool, and the factor of what it keeps.
+
+    On CPUs one draw of 64 random bits decides on four numbers, where PyTorch's decides on one; p is rounded to a multiple
+    of 2 ** -16.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(p), 1 / (1 - p)
+    bits = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    dropped = round(p * 2**16)
+    return (bits[: shape.numel()] < dropped - 2**15).view(shape), 1 / (1 - dropped * 2**-16)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout of a module in training; on CPUs its draws are cheap (`draw_drops`)."""
+    if p == 0 or not x.is_cpu:
+        return F.dropout(x, p)
+    drop, scale = draw_drops(x.shape, p, x.device)
+    return (x * scale).masked_fill(drop, 0)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """Scaled dot-product attention: float[R, H, T, E] over float[R, H, N, E], where bool `mask` is True; p of dropout.
+
+    PyTorch's fused kernel, but plain matrix products on CPUs while learning: in bfloat16 the fused one's gradient is nine
+    times slower, and with dropout it keeps copies of the keys and draws slowly.
+    """
+    if query.is_cpu and query.requires_grad and (p or query.dtype == torch.bfloat16):
+        return _PlainAttention.apply(query, key, value, mask, p)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=p)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """Attention by matrix products that keeps the probabilities and what was dropped, and nothing else of that size."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float) -> Tensor:  # type: ignore[override]
+        with torch.autocast("cpu", enabled=False):
+            ctx.scale = query.shape[-1] ** -0.5
+            query, key, value = (query * ctx.scale).contiguous(), key.contiguous(), value.contiguous()
+            scores = query @ key.transpose(2, 3)
+            if mask is not None:
+                scores.masked_fill_(~mask, -torch.inf)
+            shares = scores.softmax(3, dtype=torch.float32).to(query.dtype)
+            ctx.drop, ctx.kept = draw_drops(shares.shape, p, shares.device) if p else (None, 1.0)
+            ctx.save_for_backward(query, key, value, shares)
+            return _PlainAttention.dropped(ctx, shares) @ value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        query, key, value, shares = ctx.saved_tensors
+        to_value = _PlainAttention.dropped(ctx, shares).transpose(2, 3) @ gradient
+        to_shares = _PlainAttention.dropped(ctx, gradient @ value.transpose(2, 3))
+        to_scores = torch._softmax_backward_data(to_shares.float(), shares.float(), 3, torch.float32).to(query.dtype)
+        return (to_scores @ key) * ctx.scale, to_scores.transpose(2, 3) @ query, to_value, None, None
+
+    @staticmethod
+    def dropped(ctx: Any, shares: Tensor) -> Tensor:
+        return shares if ctx.drop is None else (shares * ctx.kept).masked_fill_(ctx.drop, 0)
+
+
+class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) of float[P, F] that keeps x alone: gelu is cheap to do again, and its output as large as x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        to_x = torch.ops.aten.gelu_backward(gradient @ weight, x)
+        return to_x, gradient.T @ F.gelu(x), gradient.sum(0)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with BERT's output: dense, dropout, residual, LayerNorm (post-norm)."""
+
+    def __init__(self, width: int, memory_width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(memory_width, width)
+        self.value = nn.Linear(memory_width, width)
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+
+    def keys_values(self, memory: Tensor, norm: nn.LayerNorm | None = None) -> KeysValues:
+        """Keys and values of `memory` float[B, N, Dm].
+
+        Args:
+            norm: its weight and bias are still to be applied to `memory`. They are folded into the projections, so that
+                features that do not learn need no gradient of their own size.
+        """
+
+        def project(linear: nn.Linear) -> Tensor:
+            weight: Tensor = linear.weight
+            bias: Tensor = linear.bias
+            if norm is not None:
+                weight, bias = weight * norm.weight, F.linear(norm.bias, weight, bias)
+            return self.split(F.linear(memory, weight, bias)).contiguous()  # laid out as the products read them
+
+        return project(self.key), project(self.value)
+
+    def forward(self, hidden: Tensor, packing: Packing, mask: Tensor | None, before: KeysValues | None,
+                reads: Tensor | None) -> tuple[Tensor, KeysValues]:  # fmt: skip
+        """Packed tokens float[P, D] attending to each other, row by row, where `mask` is True; and their keys and values.
+
+        Args:
+            mask: bool, broadcast to [R, H, Q + T, all keys]; None = all.
+            before: more keys and values, in front of these.
+            reads: int64[R, n], the tokens to compute; None = all.
+        """
+        key, value = (self.split(packing.pad(linear(hidden))) for linear in (self.key, self.value))
+        seen = (key, value) if before is None else (torch.cat([before[0], key], 2), torch.cat([before[1], value], 2))
+        if reads is not None:
+            hidden = hidden[reads.flatten()]
+        query = self.query(hidden)
+        query = packing.pad(query) if reads is None else query.unflatten(0, reads.shape)
+        read = attend(self.split(query), *seen, mask, self._p).transpose(1, 2).flatten(2)
+        return self._add(hidden, packing.pack(read) if reads is None else read.flatten(0, 1)), (key, value)
+
+    def look(self, hidden: Tensor, images: Sequence[Looked]) -> Tensor:
+        """Queries float[R, Q, D] attending to images: keys and values, mask, and how many rows look at each."""
+        query, read, first = self.split(self.query(hidden)), [], 0
+        for (key, value), mask, times in images:
+            rows = query[first : first + times * len(key)].unflatten(0, (times, len(key)))
+            first += times * len(key)
+            found = attend(rows.permute(1, 2, 0, 3, 4).flatten(2, 3), key, value, mask, self._p)
+            read.append(found.unflatten(2, (times, -1)).permute(2, 0, 3, 1, 4).flatten(3).flatten(0, 1))
+        return self._add(hidden, torch.cat(read))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    @property
+    def _p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _add(self, hidden: Tensor, read: Tensor) -> Tensor:
+        return self.norm(hidden + dropout(self.dense(read), self._p))
+
+
+class FeedForward(nn.Module):
+    """BERT's feed-forward network with exact GELU and post-norm, of float[P, D]."""
+
+    def __init__(self, width: int, ffn_width: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.up = nn.Linear(width, ffn_width)
+        self.down = nn.Linear(ffn_width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        up = self.up(hidden)
+        changed = _GeluLinear.apply(up, self.down.weight.to(up.dtype), self.down.bias.to(up.dtype))
+        return self.norm(hidden + dropout(changed, self.dropout if self.training else 0.0))
