@@ -36,6 +36,11 @@ def load(path: str | Path, device: str | None = None) -> "VisionLanguageModel":
             f"{folder} is no adapter folder: it has no config.yaml; expected what a run leaves in run.dir/adapter"
         )
     tensors, config = read_adapter(folder), read_config(folder / "config.yaml")
+    if device == "cpu" and isinstance(config, Stage2Config) and config.llm.quantise != "no":
+        raise ValueError(
+            f"{folder} has llm.quantise={config.llm.quantise}, which runs on CUDA only; to have it on the CPU, or to export "
+            "it, set llm.quantise=no in its config.yaml: what was trained fits the whole weights as well"
+        )
     # a cache knows the pictures of its training only
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=None))
     model: Stage1Model | Stage2Model
@@ -135,7 +140,7 @@ class VisionLanguageModel:
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} pictures for {len(texts)} texts; match compares pair by pair")
         memory = model.adapter.project_images(*self.encode(images))
-        return model.adapter.match(memory, model.tokenize(list(texts))).softmax(1)[:, 1]
+        return model.adapter.match([memory], *model.tokenize(list(texts))).softmax(1)[:, 1]
 
     @property
     def vqa_prompt(self) -> str:
@@ -157,6 +162,7 @@ class VisionLanguageModel:
         record = picture if isinstance(picture, Record) else Record(str(picture), str(picture))
         return load_features(record.image) if self.transform is None else self.transform.apply(load_image(record))
 
+    @torch.no_grad()
     def encode(self, images: Sequence[Picture]) -> Features:
         """Frozen features of pictures, or of feature files.
 

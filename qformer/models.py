@@ -1,22 +1,24 @@
 """The two stages as models: they hold the frozen and the trainable parts and return losses.
 
-`Stage1Model.adapter` and `Stage2Model.adapter` are all that learns, all that DistributedDataParallel wraps and all that
+`Stage1Model.adapter` and `Stage2Model.adapter` hold all that learns, all that DistributedDataParallel wraps and all that
 is saved. Frozen parts stay outside the adapter: they are neither broadcast nor stored, and keep themselves in eval.
 """
 
-import hashlib
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from qformer.contrast import Contrast, Pool, Share, contrast, contrast_apart, picture_ids
 from qformer.data import Batch
-from qformer.distributed import gather, gather_padded, rank, sum_over_ranks, world_size
+from qformer.distributed import world_size
 from qformer.encoders import Features, FrozenEncoder
 from qformer.language import FrozenLanguageModel
-from qformer.objectives import draw_hard_negatives, itc_loss, itg_loss, itm_loss, next_token_labels, similarity
+from qformer.objectives import itg_loss, itm_loss, next_token_labels
 from qformer.qformer import ImageMemory, QFormer
 from qformer.text import IGNORE_INDEX
 
@@ -28,6 +30,7 @@ class Prepared(NamedTuple):
     text: Any
     target_tokens: int
     noise_seed: int
+    share: Share | None = None  # of a larger contrastive batch, after the first of two passes
 
 
 class Output(NamedTuple):
@@ -44,6 +47,17 @@ class TextTokens(NamedTuple):
 
     ids: Tensor
     mask: Tensor
+
+
+class Embedded(NamedTuple):
+    """A micro-batch after the query, text and causal passes."""
+
+    images: ImageMemory
+    queries: Tensor  # float[B, Q, D]
+    words: Tensor  # float[B, T, D], word embeddings
+    hidden: Tensor  # float[B, T, D], causal
+    image_embeds: Tensor  # float[B, Q, E]
+    text_embeds: Tensor  # float[B, E]
 
 
 class Stage1Adapter(nn.Module):
@@ -71,7 +85,7 @@ class Stage1Adapter(nn.Module):
 
     def project_images(self, features: Tensor, mask: Tensor | None) -> ImageMemory:
         """Frozen features float[B, N, Dv], bool[B, N] | None -> cross-attention keys and values."""
-        return self.qformer.project_images(self.feature_norm(features.to(self.feature_norm.weight.dtype)), mask)
+        return self.qformer.project_images(features, mask, self.feature_norm)
 
     def embed_queries(self, query_output: Tensor) -> Tensor:
         """float[B, Q, D] -> float[B, Q, E] of unit length."""
@@ -79,12 +93,19 @@ class Stage1Adapter(nn.Module):
 
     def embed_text(self, text: TextTokens) -> Tensor:
         """float[B, E] of unit length, from [CLS] of the text pass."""
-        hidden = self.qformer.text_pass(text.ids, text.mask, rows=1)[:, 0]
-        return F.normalize(self.text_projection(hidden).float(), dim=-1)
+        return self._embed_cls(self.qformer.text_pass(text.ids, text.mask, first=True))
 
-    def match(self, images: ImageMemory, text: TextTokens) -> Tensor:
-        """Logits of no match and match float[B, 2]: the head on every query's output, averaged."""
-        return self.itm_head(self.qformer.matching_pass(images, text.ids, text.mask)).float().mean(1)
+    def _embed_cls(self, cls_output: Tensor) -> Tensor:
+        return F.normalize(self.text_projection(cls_output).float(), dim=-1)
+
+    def match(self, images: Sequence[ImageMemory], text: Tensor, text_mask: Tensor) -> Tensor:
+        """Logits of no match and match float[R, 2]: the head on every query's output, averaged.
+
+        Args:
+            images: what the R texts are matched with, group after group.
+            text: int64[R, T] ids, or float[R, T, D] their word embeddings; text_mask: bool[R, T].
+        """
+        return self.itm_head(self.qformer.matching_pass(images, text, text_mask)).float().mean(1)
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """BERT's masked-LM head, tied to the word embeddings: float[..., D] -> float[..., V]."""
@@ -92,9 +113,26 @@ class Stage1Adapter(nn.Module):
         hidden = self.lm_norm(F.gelu(self.lm_transform(hidden)))
         return F.linear(hidden, self.qformer.word_embeddings.weight, self.lm_bias)
 
+    def embed(self, features: Tensor, image_mask: Tensor | None, text: TextTokens) -> Embedded:
+        """All that a micro-batch computes of itself alone, before its rows are compared with any other."""
+        images = self.project_images(features, image_mask)
+        queries = self.qformer.query_pass(images)
+        words, decoded = self._embed_words(text.ids)
+        text_output, hidden = self.qformer.text_and_causal_pass(words, decoded, text.mask, queries)
+        image_embeds, text_embeds = self.embed_queries(queries.output), self._embed_cls(text_output[:, 0])
+        with torch.no_grad():
+            self.temperature.clamp_(0.001, 0.5)
+        return Embedded(images, queries.output, words, hidden, image_embeds, text_embeds)
+
+    def embed_alone(self, features: Features, text: TextTokens, dropout_seed: int) -> tuple[Tensor, Tensor]:
+        """float[B, Q, E], float[B, E] without gradient, but by the kernels and the draws of a pass that has one."""
+        torch.manual_seed(dropout_seed)
+        found = self.embed(features.tokens, features.mask, text)
+        return found.image_embeds.detach(), found.text_embeds.detach()
+
     def forward(
         self, features: Tensor, image_mask: Tensor | None, text: TextTokens, picture: Tensor, targets_per_rank: Tensor,
-        noise_seed: int,
+        noise_seed: int, share: Share | None = None,
     ) -> Output:  # fmt: skip
         """ITC, ITM and ITG of one micro-batch.
 
@@ -104,66 +142,71 @@ class Stage1Adapter(nn.Module):
             targets_per_rank: ITG's normalizer: target tokens of the step over all ranks and micro-batches, divided by
                 their number, so that every token of the step weighs the same.
             noise_seed: seed of the negatives drawn; the same on all ranks.
+            share: of a contrastive batch of several micro-batches, compared before; None = compare this one.
         """
-        images = self.project_images(features, image_mask)
-        queries = self.qformer.query_pass(images)
-        image_embeds, text_embeds = self.embed_queries(queries.output), self.embed_text(text)
-        with torch.no_grad():
-            self.temperature.clamp_(0.001, 0.5)
-        same = picture[:, None] == gather(picture)[None, :]
-        i2t = similarity(image_embeds, gather(text_embeds, gradient=True)) / self.temperature
-        t2i = similarity(gather(image_embeds, gradient=True), text_embeds).T / self.temperature
-        itc = (itc_loss(i2t, same, self.label_smoothing) + itc_loss(t2i, same, self.label_smoothing)) / 2
-        itm, itm_accuracy = self._itm(features, image_mask, images, text, i2t, t2i, same, noise_seed)
+        if share is not None:
+            torch.manual_seed(share.dropout_seed)
+        found = self.embed(features, image_mask, text)
+        embeds = (found.image_embeds, found.text_embeds, self.temperature)
+        if share is None:
+            contrasted = contrast(*embeds, picture, self.label_smoothing, noise_seed)
+            pool = None if world_size() == 1 else Pool.of([Features(features, image_mask)], [text])
+        else:
+            contrasted, pool = share.contrast._replace(itc=share.itc(*embeds)), share.pool
+        itm, itm_accuracy = self._itm(found, text.mask, contrasted, pool)
 
         labels = next_token_labels(text.ids, text.mask)
-        dec_ids = torch.cat([torch.full_like(text.ids[:, :1], self.dec_id), text.ids[:, 1:]], 1)
-        hidden = self.qformer.causal_pass(dec_ids, text.mask, queries)
         counted = labels != IGNORE_INDEX  # the head is the widest matrix of all: only where there is a label
-        itg = itg_loss(self.lm_logits(hidden[counted]), labels[counted], self.label_smoothing, targets_per_rank)
+        itg = itg_loss(self.lm_logits(found.hidden[counted]), labels[counted], self.label_smoothing, targets_per_rank)
 
-        losses = {"itc": itc, "itm": itm, "itg": itg}
-        found = same.gather(1, i2t.argmax(1, keepdim=True)).float().mean()
-        found_back = same.gather(1, t2i.argmax(1, keepdim=True)).float().mean()
+        losses = {"itc": contrasted.itc, "itm": itm, "itg": itg}
         metrics = {
             **losses,
-            "itc_accuracy": (found + found_back) / 2,
+            "itc_accuracy": contrasted.accuracy,
             "itm_accuracy": itm_accuracy,
             "temperature": self.temperature,
+            "query_output_cosine": mean_cosine(found.queries),
         }
         loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
-        return Output(loss, {k: v.detach() for k, v in metrics.items()}, image_embeds.detach(), text_embeds.detach())
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return Output(loss, metrics, found.image_embeds.detach(), found.text_embeds.detach())
+
+    def _embed_words(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Word embeddings float[B, T, D] of the texts, and of the same behind [DEC]: one look-up in the large table."""
+        assert self.qformer.word_embeddings is not None
+        dec = ids.new_full((1,), self.dec_id)
+        words, dec_word = self.qformer.word_embeddings(torch.cat([ids.flatten(), dec])).split([ids.numel(), 1])
+        words = words.unflatten(0, ids.shape)
+        return words, torch.cat([dec_word.expand(len(ids), 1, -1), words[:, 1:]], 1)
 
     def _itm(
-        self, features: Tensor, image_mask: Tensor | None, images: ImageMemory, text: TextTokens, i2t: Tensor,
-        t2i: Tensor, same: Tensor, noise_seed: int,
+        self, found: Embedded, text_mask: Tensor, contrasted: Contrast, pool: Pool | None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Loss and accuracy over 3B pairs: matched, (negative image, text), (image, negative text)."""
-        batch, everyone = same.shape
-        generator = torch.Generator().manual_seed(noise_seed)
-        rows = slice(rank() * batch, (rank() + 1) * batch)
-        noise = torch.rand(2, everyone, everyone, generator=generator)[:, rows].to(same.device)
-        negative_image, has_image = draw_hard_negatives(t2i, same, noise[0])
-        negative_text, has_text = draw_hard_negatives(i2t, same, noise[1])
+        """Loss and accuracy over 3B pairs: matched, (image, negative text), (negative image, text).
 
-        own = torch.arange(batch, device=same.device)
-        if world_size() == 1:  # keys and values are there already
-            pairs = images.select(torch.cat([own, negative_image, own]))
-        else:
-            all_masks = None if image_mask is None else gather_padded(image_mask, 1, False)[negative_image]
-            negatives = self.project_images(gather_padded(features, 1)[negative_image], all_masks)
-            pairs = _concatenate(images, negatives, images)
-        all_ids, all_masks_text = gather_padded(text.ids, 1), gather_padded(text.mask, 1, False)
-        length = all_ids.shape[1]
-        ids, mask = (F.pad(t, (0, length - t.shape[1])) for t in text)
-        pair_text = TextTokens(
-            torch.cat([ids, ids, all_ids[negative_text]]), torch.cat([mask, mask, all_masks_text[negative_text]])
+        Args:
+            pool: where the negatives are; None = among these very rows, so that keys, values and words are there already.
+        """
+        negatives, words = contrasted.negatives, found.words
+        if pool is None:
+            images = found.images.select(negatives.image)
+            other, other_mask = words[negatives.text], text_mask[negatives.text]
+        else:  # projected here: only frozen features cross ranks
+            assert self.qformer.word_embeddings is not None
+            features, (ids, other_mask) = pool.fetch(negatives)
+            images, other = self.project_images(*features), self.qformer.word_embeddings(ids)
+        longer = other.shape[1] - words.shape[1]
+        own, own_mask = F.pad(words, (0, 0, 0, longer)), F.pad(text_mask, (0, longer))
+        logits = self.match(
+            [found.images._replace(times=2), images],
+            torch.cat([own, other, own]),
+            torch.cat([own_mask, other_mask, own_mask]),
         )
-        logits = self.match(pairs, pair_text)
-        matched = torch.arange(3 * batch, device=same.device) < batch
-        counted = torch.cat([torch.ones_like(has_image), has_image, has_text])
-        correct = ((logits.argmax(1) == matched) & counted).sum() / counted.sum()
-        return itm_loss(logits, matched, counted, sum_over_ranks(counted.sum()) / world_size()), correct
+        batch = len(words)
+        matched = torch.arange(3 * batch, device=logits.device) < batch
+        counted = torch.cat([torch.ones_like(negatives.has_text), negatives.has_text, negatives.has_image])
+        correct = ((logits.argmax(1) == matched) & counted).sum()
+        return itm_loss(logits, matched, counted, contrasted.pairs), correct / contrasted.pairs
 
 
 class Stage1Model(nn.Module):
@@ -172,11 +215,17 @@ class Stage1Model(nn.Module):
     Args:
         tokenizer: BERT tokenizer with [DEC] as its `bos_token`.
         max_text_tokens: longest caption, [CLS] and [SEP] included.
+        itc_batch_size: rows that are contrasted with each other in training; None = those that go forward at once.
     """
 
-    def __init__(self, encoder: FrozenEncoder, adapter: Stage1Adapter, tokenizer: Any, max_text_tokens: int) -> None:
+    def __init__(
+        self, encoder: FrozenEncoder, adapter: Stage1Adapter, tokenizer: Any, max_text_tokens: int,
+        itc_batch_size: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.encoder, self.adapter, self.tokenizer, self.max_text_tokens = encoder, adapter, tokenizer, max_text_tokens
+        self.itc_batch_size = itc_batch_size
+        encoder.output_dtype = None  # as computed: what crosses ranks is then half the bytes of float32
 
     def tokenize(self, texts: list[str]) -> TextTokens:
         """Tokens of the texts, padded to the longest."""
@@ -187,12 +236,45 @@ class Stage1Model(nn.Module):
         text = self.tokenize(batch.texts)
         return Prepared(batch, text, int(text.mask[:, 1:].sum()), noise_seed)
 
+    def contrasted_together(self, micro_batch_size: int) -> int:
+        """Micro-batches of a rank that make one contrastive batch.
+
+        Raises: ValueError when the contrastive batch is not a multiple of what goes forward at once.
+        """
+        at_once = micro_batch_size * world_size()
+        wanted = self.itc_batch_size or at_once
+        if wanted % at_once:
+            raise ValueError(
+                f"stage1.itc_batch_size={wanted} must be a multiple of train.micro_batch_size={micro_batch_size} "
+                f"times {world_size()} processes"
+            )
+        return wanted // at_once
+
+    def contrast(self, prepared: list[Prepared]) -> list[Prepared]:
+        """The first of two passes over a step's micro-batches; where each is a contrastive batch of its own, none."""
+        together = self.contrasted_together(len(prepared[0].batch))
+        groups = [prepared[first : first + together] for first in range(0, len(prepared), together)]
+        return prepared if together == 1 else [p for group in groups for p in self._contrast_group(group)]
+
+    def _contrast_group(self, group: list[Prepared]) -> list[Prepared]:
+        adapter = self.adapter.module if isinstance(self.adapter, DistributedDataParallel) else self.adapter
+        seeds = torch.randint(2**62, (len(group),)).tolist()
+        features = [self.encoder(p.batch.images, p.batch.image_mask) for p in group]
+        embeds = [adapter.embed_alone(f, p.text, seed) for f, p, seed in zip(features, group, seeds, strict=True)]
+        shares = contrast_apart(
+            features, [p.text for p in group], embeds, adapter.temperature,
+            torch.cat([self._pictures(p) for p in group]), adapter.label_smoothing, group[0].noise_seed, seeds,
+        )  # fmt: skip
+        return [p._replace(share=share) for p, share in zip(group, shares, strict=True)]
+
+    def _pictures(self, prepared: Prepared) -> Tensor:
+        return picture_ids(prepared.batch.image_ids).to(prepared.text.ids.device)
+
     def forward(self, prepared: Prepared, targets_per_rank: Tensor) -> Output:
-        features = self.encoder(prepared.batch.images, prepared.batch.image_mask)
-        picture = picture_ids(prepared.batch.image_ids).to(features.tokens.device)
-        return self.adapter(
-            features.tokens, features.mask, prepared.text, picture, targets_per_rank, prepared.noise_seed
-        )
+        batch, share = prepared.batch, prepared.share
+        features = self.encoder(batch.images, batch.image_mask) if share is None else share.features
+        picture = self._pictures(prepared)
+        return self.adapter(*features, prepared.text, picture, targets_per_rank, prepared.noise_seed, share)
 
 
 class Stage2Adapter(nn.Module):
@@ -214,21 +296,22 @@ class Stage2Adapter(nn.Module):
 
     def forward(
         self, features: Tensor, image_mask: Tensor | None, text: TextTokens | None = None, rows: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
-        """Frozen features float[B, N, Dv], bool[B, N] | None -> visual prompt float[R, Q, Dl].
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Frozen features float[B, N, Dv], bool[B, N] | None -> visual prompt float[R, Q, Dl], query output float[R, Q, D].
 
         Args:
             text: the prompts of an instructed Q-Former, R of them; None for any other.
             rows: int64[R], the picture of each row, so that one under several prompts is projected once; None = 0 .. B-1.
         """
         assert (text is None) == (self.qformer.vocab_size is None), "an instructed Q-Former takes a text, others none"
-        normed = self.feature_norm(features.to(self.feature_norm.weight.dtype))
-        images = self.qformer.project_images(normed, image_mask)
+        images = self.qformer.project_images(features, image_mask, self.feature_norm)
         if text is None:
-            visual_prompt = self.language_projection(self.qformer.query_pass(images).output)
-            return visual_prompt if rows is None else visual_prompt[rows]
+            output = self.qformer.query_pass(images).output
+            visual_prompt = self.language_projection(output)
+            return (visual_prompt, output.detach()) if rows is None else (visual_prompt[rows], output.detach()[rows])
         images = images if rows is None else images.select(rows)
-        return self.language_projection(self.qformer.matching_pass(images, text.ids, text.mask))
+        output = self.qformer.matching_pass([images], text.ids, text.mask)
+        return self.language_projection(output), output.detach()
 
 
 class Stage2Model(nn.Module):
@@ -254,6 +337,9 @@ class Stage2Model(nn.Module):
         Args:
             rows: int64[R], the picture of each prompt; None = one each.
         """
+        return self._ask_queries(features, prompts, rows)[0]
+
+    def _ask_queries(self, features: Features, prompts: list[str], rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         device = next(self.adapter.parameters()).device
         text = None if self.tokenizer is None else tokenize(self.tokenizer, prompts, device)
         return self.adapter(features.tokens, features.mask, text, rows)
@@ -269,10 +355,10 @@ class Stage2Model(nn.Module):
     def forward(self, prepared: Prepared, targets_per_rank: Tensor) -> Output:
         prompts, targets = prepared.text
         features = self.encoder(prepared.batch.images, prepared.batch.image_mask)
-        visual_prompt = self.visual_prompt(features, prompts)
+        visual_prompt, query_output = self._ask_queries(features, prompts)
         found = self.llm.loss(visual_prompt, prompts, targets, max_target_tokens=self.max_target_tokens)
         loss = found.total / targets_per_rank
-        return Output(loss, {"lm": loss.detach()})
+        return Output(loss, {"lm": loss.detach(), "query_output_cosine": mean_cosine(query_output)})
 
 
 def tokenize(tokenizer: Any, texts: list[str], device: torch.device, max_tokens: int | None = None) -> TextTokens:
@@ -281,6 +367,18 @@ def tokenize(tokenizer: Any, texts: list[str], device: torch.device, max_tokens:
         texts, padding=True, truncation=max_tokens is not None, max_length=max_tokens, return_tensors="pt"
     )
     return TextTokens(found["input_ids"].to(device), found["attention_mask"].bool().to(device))
+
+
+@torch.no_grad()
+def mean_cosine(query_output: Tensor) -> Tensor:
+    """Cosine of two different queries of a picture, averaged over all pairs and pictures: float[B, Q, D] -> float32[].
+
+    At 1 all queries say the same, at 0 they are unrelated. By the sum of the unit vectors, whose square is that of all
+    pairs, so that no Q x Q matrix is made; 0 for a single query.
+    """
+    queries = query_output.shape[1]
+    total = F.normalize(query_output.detach().float(), dim=-1).sum(1).square().sum(-1)
+    return ((total - queries) / max(1, queries * (queries - 1))).mean()
 
 
 def split_prefix(text: str, seed: int) -> tuple[str, str]:
@@ -293,25 +391,3 @@ def split_prefix(text: str, seed: int) -> tuple[str, str]:
         return "", text
     cut = random.Random(f"{seed} {text}").randint(1, max(1, len(words) // 2))
     return " ".join(words[:cut]), " ".join(words[cut:])
-
-
-def picture_ids(image_ids: list[str]) -> Tensor:
-    """int64[B], equal where the ids are equal, so that they can be compared across ranks."""
-    digests = [hashlib.blake2b(i.encode(), digest_size=8).digest() for i in image_ids]
-    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])
-
-
-def _concatenate(*memories: ImageMemory) -> ImageMemory:
-    """One memory of all images; masks are padded to the longest."""
-    longest = max(m.layers[0][0].shape[2] for m in memories)
-
-    def widen(x: Tensor, dim: int) -> Tensor:
-        missing = [0, 0] * (x.dim() - 1 - dim) + [0, longest - x.shape[dim]]
-        return F.pad(x, missing)
-
-    layers = [
-        (torch.cat([widen(k, 2) for k, _ in same_layer]), torch.cat([widen(v, 2) for _, v in same_layer]))
-        for same_layer in zip(*(m.layers for m in memories), strict=True)
-    ]
-    masks = [m.mask for m in memories if m.mask is not None]
-    return ImageMemory(layers, torch.cat([widen(m, 3) for m in masks]) if masks else None)

@@ -167,7 +167,7 @@ def test_the_qformer_in_all_four_attention_patterns(retrieval):
     assert difference(ours.text_pass(*text)[real], written[real]) < 1e-5
     joint = theirs.embeddings(text.ids, query_embeds=queries)
     matched = run(joint, QUERIES, torch.cat([all_queries, real], 1).long())
-    assert difference(ours.matching_pass(images, *text), matched[:, :QUERIES]) < 1e-5
+    assert difference(ours.matching_pass([images], *text), matched[:, :QUERIES]) < 1e-5
     mask = torch.ones(QUERIES + 6, QUERIES + 6).tril().bool()  # text after queries ...
     mask[:QUERIES, :QUERIES] = True  # ... and the queries see each other
     generated = run(joint, QUERIES, (mask & torch.cat([all_queries, real], 1)[:, None, None, :]))
@@ -184,7 +184,7 @@ def test_retrieval_gives_the_same_similarities_and_matching_logits(retrieval):
     assert itc.std() > 0.01
     itm = retrieval.theirs(**inputs, use_image_text_matching_head=True).logits_per_image
     adapter = ours.model.adapter
-    logits = adapter.match(adapter.project_images(*ours.encode(images)), ours.model.tokenize(TEXTS))
+    logits = adapter.match([adapter.project_images(*ours.encode(images))], *ours.model.tokenize(TEXTS))
     assert difference(logits, itm) < 1e-5
     assert difference(ours.match(images, TEXTS), itm.softmax(1)[:, 1]) < 1e-5
 

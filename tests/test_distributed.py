@@ -11,7 +11,17 @@ from tiny import shake
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from qformer.distributed import any_rank, gather, gather_objects, gather_padded, rank, sum_over_ranks, world_size
+from qformer.distributed import (
+    any_rank,
+    fetch,
+    gather,
+    gather_objects,
+    pad_to_longest,
+    rank,
+    sum_over_ranks,
+    transpose_over_ranks,
+    world_size,
+)
 from qformer.models import Output, Stage1Adapter, TextTokens
 from qformer.qformer import QFormer
 
@@ -72,15 +82,41 @@ def check_collectives(ranks: int) -> None:
     factor = ranks * (ranks + 1) / 2
     assert own.grad[:, 0].tolist() == [2 * me * factor, (2 * me + 1) * factor]
     assert not gather(own).requires_grad
-    ragged = gather_padded(torch.full((1, me + 1), float(me)), 1, -1.0)
-    assert ragged.shape == (ranks, ranks)
-    assert ragged[0].tolist() == [0.0] + [-1.0] * (ranks - 1)
-    flags = gather_padded(torch.ones(1, me + 1, dtype=torch.bool), 1, False)
-    assert flags.sum(1).tolist() == list(range(1, ranks + 1))
+    ragged = pad_to_longest(torch.full((1, me + 1), 7.0), 1)
+    assert ragged.tolist() == [[7.0] * (me + 1) + [0.0] * (ranks - 1 - me)]
+    flags = pad_to_longest(torch.ones(1, me + 1, dtype=torch.bool), 1)
+    assert (flags.dtype, flags.shape[1], int(flags.sum())) == (torch.bool, ranks, me + 1)
+    check_fetch(ranks)
+    check_transpose(ranks)
     assert sum_over_ranks(torch.tensor([1.0, me])).tolist() == [ranks, ranks * (ranks - 1) / 2]
     assert any_rank(me == ranks - 1)
     assert not any_rank(False)
     assert gather_objects(f"r{me}") == [f"r{r}" for r in range(ranks)]
+
+
+def check_fetch(ranks: int) -> None:
+    """Any rows of any rank, in the order asked for, some twice, from some ranks none."""
+    held = 3
+    everything = torch.arange(ranks * held * 4.0).view(ranks * held, 2, 2)
+    own = everything[rank() * held : (rank() + 1) * held].clone().requires_grad_()
+    for draw in range(4):
+        generator = torch.Generator().manual_seed(10 * draw + rank())
+        index = torch.randint(0 if draw % 2 else held, ranks * held, (5,), generator=generator)
+        found = fetch(own, index)
+        assert found.equal(everything[index])
+        assert not found.requires_grad
+        assert fetch(everything[rank() * held :][:held].to(torch.bfloat16), index).equal(found.to(torch.bfloat16))
+
+
+def check_transpose(ranks: int) -> None:
+    whole = torch.arange(float((2 * ranks) ** 2)).view(2 * ranks, -1)  # two rows and two columns a rank
+    mine = slice(2 * rank(), 2 * rank() + 2)
+    rows = whole[mine].clone().requires_grad_()
+    columns = transpose_over_ranks(rows)
+    assert columns.equal(whole.T[mine])
+    weight = torch.arange(1.0, whole.numel() + 1).view_as(whole)
+    (columns * weight[mine]).sum().backward()
+    assert rows.grad.equal(weight.T[mine])
 
 
 def work(me: int, ranks: int, folder: str) -> None:
@@ -126,7 +162,9 @@ def test_everything_is_right_alone():
     rows = torch.ones(2, 3, requires_grad=True)
     assert (rank(), world_size()) == (0, 1)
     assert gather(rows, gradient=True) is rows
-    assert gather_padded(rows, 1) is rows
+    assert pad_to_longest(rows, 1) is rows
+    assert fetch(rows, torch.tensor([1, 0, 1])).shape == (3, 3)
+    assert transpose_over_ranks(rows).equal(rows.T)
     assert sum_over_ranks(rows).equal(torch.ones(2, 3))
     assert not sum_over_ranks(rows).requires_grad
     assert any_rank(True)

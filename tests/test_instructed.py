@@ -42,7 +42,7 @@ def test_the_qformer_reads_what_its_own_tokenizer_makes_of_the_prompt(tiny):
     ids = torch.tensor([model.tokenizer.convert_tokens_to_ids(["[CLS]", "what", "colour", "?", "[SEP]"])] * 2)
     adapter = model.adapter
     images = adapter.qformer.project_images(adapter.feature_norm(features.tokens))
-    expected = adapter.language_projection(adapter.qformer.matching_pass(images, ids, torch.ones_like(ids).bool()))
+    expected = adapter.language_projection(adapter.qformer.matching_pass([images], ids, torch.ones_like(ids).bool()))
     assert torch.equal(model.visual_prompt(features, [SHORT, SHORT]), expected)
 
 
@@ -81,9 +81,9 @@ def test_one_picture_under_several_questions_is_encoded_and_projected_once(tiny,
     questions = [SHORT, LONG, "what is it ?"]
     seen, project, generate, prompts = [], model.adapter.qformer.project_images, model.llm.generate, []
 
-    def count(features, mask=None):
+    def count(features, mask, norm):
         seen.append(len(features))
-        return project(features, mask)
+        return project(features, mask, norm)
 
     def keep(visual_prompt, *a, **k):
         prompts.append(visual_prompt)

@@ -165,11 +165,11 @@ def test_padding_of_captions_never_changes_a_text_embedding_or_a_match(tiny):
     memory = model.adapter.project_images(*model.encoder(batch.images, batch.image_mask))
     together, scores = (
         model.adapter.embed_text(model.tokenize(texts)),
-        model.adapter.match(memory, model.tokenize(texts)),
+        model.adapter.match([memory], *model.tokenize(texts)),
     )
     for i, text in enumerate(texts):
         torch.testing.assert_close(together[i], model.adapter.embed_text(model.tokenize([text]))[0], atol=1e-5, rtol=0)
-        alone = model.adapter.match(memory.select(torch.tensor([i])), model.tokenize([text]))
+        alone = model.adapter.match([memory.select(torch.tensor([i]))], *model.tokenize([text]))
         torch.testing.assert_close(scores[i], alone[0], atol=1e-5, rtol=1e-5)
     assert together.norm(dim=1).allclose(torch.ones(4))
 
@@ -193,7 +193,8 @@ def test_tokens_weigh_the_same_however_the_batch_is_split(tiny, kind):
 def test_stage1_metrics_and_embeddings(tiny):
     model, samples = build(tiny, "stage1")
     output = run(model, collate(samples[:5]))
-    assert set(output.metrics) == {"itc", "itm", "itg", "itc_accuracy", "itm_accuracy", "temperature"}
+    names = {"itc", "itm", "itg", "itc_accuracy", "itm_accuracy", "temperature", "query_output_cosine"}
+    assert set(output.metrics) == names
     assert not any(value.requires_grad for value in output.metrics.values())
     assert output.image_embeds.shape == (5, 4, 16)
     assert output.text_embeds.shape == (5, 16)
@@ -227,13 +228,13 @@ def test_stage1_losses_are_those_of_the_paper_pair_by_pair(tiny):
     smoothed = [F.cross_entropy(x, torch.arange(n), label_smoothing=0.1) for x in (logits, logits.T)]
     torch.testing.assert_close(output.metrics["itc"], sum(smoothed) / 2)
 
-    noise = torch.rand(2, n, n, generator=torch.Generator().manual_seed(3))
+    noise = torch.stack([torch.rand(2, n, generator=torch.Generator().manual_seed(3 + i)) for i in range(n)], 1)
     same = torch.eye(n, dtype=torch.bool)
     negative_image, _ = draw_hard_negatives(logits.T, same, noise[0])
     negative_text, _ = draw_hard_negatives(logits, same, noise[1])
     pairs = [(i, i, 1) for i in range(n)]
     pairs += [(int(negative_image[i]), i, 0) for i in range(n)] + [(i, int(negative_text[i]), 0) for i in range(n)]
-    found = torch.cat([adapter.match(images[i], texts[t]) for i, t, _ in pairs])
+    found = torch.cat([adapter.match([images[i]], *texts[t]) for i, t, _ in pairs])
     torch.testing.assert_close(output.metrics["itm"], F.cross_entropy(found, torch.tensor([m for *_, m in pairs])))
 
     token_losses = []

@@ -65,7 +65,7 @@ def run_ours(model: Model, picture: Image.Image) -> tuple[Tensor, dict[str, Tens
             images = adapter.project_images(*features)
             queries = adapter.embed_queries(adapter.qformer.query_pass(images).output)
             similarity = (queries @ adapter.embed_text(text).T).amax(1)
-            found = {"similarity": similarity, "matching logits": adapter.match(images, text)}
+            found = {"similarity": similarity, "matching logits": adapter.match([images], *text)}
     return features.tokens.cpu(), {name: tensor.cpu() for name, tensor in found.items()}
 
 
