@@ -1,6 +1,7 @@
 """What every frozen encoder has in common."""
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,14 +27,16 @@ class InputTransform:
 
 
 class FrozenEncoder(nn.Module, ABC):
-    """A model that turns inputs into tokens, always in eval mode and never with a gradient.
+    """A model that turns inputs into tokens, always in eval mode and, but where it `learns`, never with a gradient.
 
     It computes in the dtype of its weights whatever autocast says, so that cached features equal live ones.
+    `learns` is "no", "lora" or "full" (then its weights are float32 and autocast decides).
     `width` is Dv, `num_tokens` N (None if it varies), `input_transform` what `inputs` went through (None for
     precomputed features), `output_dtype` that of the tokens (None: as computed, for a cache).
     """
 
     output_dtype: torch.dtype | None = torch.float32
+    learns: str = "no"
 
     def __init__(
         self, tower: nn.Module | None, width: int, num_tokens: int | None, input_transform: InputTransform | None
@@ -48,11 +51,10 @@ class FrozenEncoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, inputs: Tensor, mask: Tensor | None) -> Features:
-        """What `forward` runs without gradient, with `inputs` in the dtype of the weights."""
+        """What `forward` runs, with `inputs` in the dtype of the weights."""
 
-    @torch.no_grad()
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Features:
-        """Encode a batch.
+        """Encode a batch; without gradient unless the encoder `learns`.
 
         Args:
             inputs: `pixel_values` float[B, 3, S, S] after `input_transform`, or features float[B, N, Dv].
@@ -69,9 +71,11 @@ class FrozenEncoder(nn.Module, ABC):
                 raise ValueError(f"{given}; use the encoder's input_transform, or set encoder.image_size")
         if self.tower is not None:
             inputs = inputs.to(next(self.tower.parameters()).dtype)
-        with torch.autocast(inputs.device.type, enabled=False):
+        by_weights = nullcontext() if self.learns == "full" else torch.autocast(inputs.device.type, enabled=False)
+        with torch.set_grad_enabled(self.learns != "no" and torch.is_grad_enabled()), by_weights:
             tokens, mask = self.encode(inputs, mask)
-        return Features(tokens.detach().to(self.output_dtype or tokens.dtype), mask)
+            tokens = tokens if self.learns != "no" else tokens.detach()
+            return Features(tokens.to(self.output_dtype or tokens.dtype), mask)
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Stay in eval mode: a frozen encoder has no dropout, whatever the model around it does."""

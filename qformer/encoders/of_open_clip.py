@@ -83,6 +83,7 @@ def load_open_clip(request: Request) -> OpenClipEncoder:
             pretrained_text=False,
             force_quick_gelu=quick_gelu,
             force_image_size=request.image_size,
+            device=torch.get_default_device(),  # the meta device where only the sizes are wanted
         )
     return OpenClipEncoder(model.visual.to(request.dtype), block=request.block)
 

@@ -6,6 +6,7 @@ Source: Blip2 and InstructBlip of transformers 5 (models, processors); what vLLM
 
 import copy
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,9 @@ from qformer.interop.parity import TOLERANCE, Model, difference, run_ours, run_q
 from qformer.interop.vision import Converted, DoesNotFit, to_blip2_vision
 from qformer.language import FrozenLanguageModel
 from qformer.models import Stage1Model, Stage2Model
+from qformer.tuning import LLM_LORA, fold
+
+logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
@@ -90,7 +94,7 @@ class ExportReport(NamedTuple):
 def export(model: Model, config: Config, out: Path, picture: Image.Image | None = None) -> ExportReport:
     """Write a model as a folder of transformers, load it there and compare; nothing is left where outputs differ.
 
-    Weights are stored in the dtype they have here. The comparison holds both models at once, in float32.
+    Weights are stored in the dtype they have here, LoRAs merged into them (and so into `model`). The comparison holds both models at once, in float32.
 
     Args:
         model: on the CPU.
@@ -106,6 +110,7 @@ def export(model: Model, config: Config, out: Path, picture: Image.Image | None 
         pixels = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         picture = Image.fromarray(pixels.numpy())
     encoder = f"the encoder ({config.encoder.loader} {config.encoder.id}".rstrip() + ")"
+    fold(model)
     with written_whole(out) as folder:
         try:
             converted: Converted | None = _fitting(model, encoder)
@@ -153,6 +158,10 @@ def write_visual_prompts(
     """
     if out.exists():
         raise ValueError(f"{out} exists already; name a folder that does not, or remove it")
+    if LLM_LORA in dict(model.adapter.named_children()):
+        logger.warning(
+            "the language model learnt too: serve %s with the LoRA in the adapter's %s", config.llm.id, LLM_LORA
+        )
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, seen in features:

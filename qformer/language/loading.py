@@ -1,6 +1,7 @@
 """From a config's values to a frozen language model."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
 )
 from transformers.activations import ACT2FN
@@ -35,6 +37,7 @@ def load_language_model(
     device_map: Any = None,
     random_weights: bool = False,
     activation: str | None = None,
+    quantise: str = "no",
 ) -> FrozenLanguageModel:
     """Load a causal or sequence-to-sequence language model of transformers; its config says which.
 
@@ -44,9 +47,10 @@ def load_language_model(
         device_map: passed on to transformers.
         random_weights: build the architecture from its config with weights drawn from seed 0.
         activation: T5's `dense_act_fn` in place of its own.
+        quantise: "8bit" or "4bit" (NF4) by bitsandbytes, on this process's own GPU, computing in `dtype`; "no".
 
     Raises:
-        ValueError: unknown `dtype`, model or tokenizer not found, not a language model, `device_map` with
+        ValueError: unknown `dtype`, `quantise` without CUDA, bitsandbytes or weights, model or tokenizer not found, not a language model, `device_map` with
             `random_weights`, `activation` for a model without one, missing weights, or a tokenizer that does not fit
             (see `probe_tokenizer`).
     """
@@ -56,6 +60,9 @@ def load_language_model(
         raise ValueError(
             f"llm.random_weights=true with device_map={device_map!r}: expected None; move the model instead"
         )
+    if quantise != "no":
+        _require_quantisable(quantise, random_weights)
+        device_map = {"": torch.cuda.current_device()}
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _errors_named(id):
         config = AutoConfig.from_pretrained(id, **source)
@@ -71,10 +78,37 @@ def load_language_model(
                 torch.manual_seed(0)
                 model = auto_class.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
         else:
-            model = load_frozen(auto_class, id, config, part, dtype=DTYPES[dtype], device_map=device_map, **source)
+            source |= {"dtype": DTYPES[dtype], "device_map": device_map} | quantisation(quantise, DTYPES[dtype])
+            model = load_frozen(auto_class, id, config, part, **source)
     if part:  # the ids that generation starts from are the language model's; the checkpoint's own file may lack them
         model.generation_config = GenerationConfig.from_model_config(config)
     return (EncoderDecoder if config.is_encoder_decoder else DecoderOnly)(model, tokenizer, id)
+
+
+def quantisation(quantise: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is told to quantise by, nothing for "no"."""
+    if quantise == "no":
+        return {}
+    settings = {"load_in_8bit": True} if quantise == "8bit" else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype
+    }  # fmt: skip
+    return {"quantization_config": BitsAndBytesConfig(**settings)}
+
+
+def _require_quantisable(quantise: str, random_weights: bool) -> None:
+    said = f"llm.quantise={quantise}"
+    if quantise not in ("8bit", "4bit"):
+        raise ValueError(f"{said}: expected no, 8bit or 4bit")
+    if random_weights:
+        raise ValueError(
+            f"{said} with llm.random_weights=true: only weights that are read can be quantised; set it to no"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{said} needs a CUDA GPU, and none is found; set llm.quantise=no (llm.dtype=bfloat16 halves it)"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{said} needs bitsandbytes: pip install 'qformer[quantised]', or set llm.quantise=no")
 
 
 def _set_activation(config: Any, activation: str, id: str) -> None:
