@@ -1,12 +1,15 @@
 """What is kept of a run: trainable tensors only, in safetensors, versioned, written whole or not at all.
 
 An adapter folder holds `adapter.safetensors`, `config.yaml` and `README.md`; a checkpoint folder also the optimizer's
-moments and `state.json`. There is no random state to keep: dropout, negatives, order and augmentation are functions of
-(seed, step, position), so a run resumed at a step draws what the uninterrupted one draws.
+moments and `state.json`; both hold checksums, in which only the model card, meant to be edited, is left out. There is
+no random state to keep: dropout, negatives, order and augmentation are functions of (seed, step, position), so a run
+resumed at a step draws what the uninterrupted one draws.
 """
 
 import contextlib
+import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,7 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qformer.checksum import changed_files, write_checksums
 from qformer.config import Stage1Config, Stage2Config, read_config
+from qformer.lora import PEFT_CONFIG, PEFT_TENSORS, Lora, read_lora
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = "1"
 TENSORS, OPTIMIZER, STATE, CONFIG, CARD = (
@@ -29,6 +36,8 @@ TENSORS, OPTIMIZER, STATE, CONFIG, CARD = (
     "config.yaml",
     "README.md",
 )
+CHECKPOINT = (TENSORS, OPTIMIZER, STATE, CONFIG)
+SCRATCH = ".{}.partial"  # the name of a folder while it is written
 
 
 class Transfer(NamedTuple):
@@ -49,20 +58,30 @@ class Transfer(NamedTuple):
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes `folder` in one rename when the block ends, and vanishes if it fails."""
-    scratch = folder.parent / f".{folder.name}.partial"
+    scratch = folder.parent / SCRATCH.format(folder.name)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        for path in (p for p in scratch.rglob("*") if p.is_file()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in (scratch, *scratch.rglob("*")):
+            _to_disk(path)
         if folder.exists():  # a step saved again after a resume
             shutil.rmtree(folder)
         scratch.rename(folder)
+        _to_disk(folder.parent)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # network disks may refuse
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def trainable_tensors(adapter: nn.Module) -> dict[str, Tensor]:
@@ -71,15 +90,20 @@ def trainable_tensors(adapter: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(folder: Path, adapter: nn.Module, config: str, card: str) -> None:
-    """Write an adapter folder: tensors, resolved config, model card."""
+    """Write an adapter folder: tensors, resolved config, model card, and a folder of PEFT's for each LoRA."""
+    loras = {name: module for name, module in adapter.named_children() if isinstance(module, Lora)}
+    tensors = {name: t for name, t in trainable_tensors(adapter).items() if name.split(".")[0] not in loras}
     with written_whole(folder) as scratch:
-        _save_tensors(scratch / TENSORS, trainable_tensors(adapter))
+        _save_tensors(scratch / TENSORS, tensors)
+        for name, lora in loras.items():
+            lora.save_pretrained(scratch / name)
         (scratch / CONFIG).write_text(config)
         (scratch / CARD).write_text(card)
+        write_checksums(scratch, (TENSORS, CONFIG, *_lora_files(scratch)))
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder.
+    """The tensors of an adapter folder, those of its LoRAs among them.
 
     Raises: ValueError when the folder or file is missing, damaged, or of another format version.
     """
@@ -88,7 +112,21 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{folder} is no adapter folder: it has no {TENSORS}; expected what a run leaves in run.dir/adapter"
         )
-    return _load_tensors(path)
+    tensors, files = _load_tensors(path), _lora_files(folder)
+    for name in changed_files(folder, (TENSORS, CONFIG, *files)):
+        if name.endswith(".safetensors"):
+            raise ValueError(
+                f"{folder / name} is damaged: it is not what was written; copy it anew from where it was trained"
+            )
+        logger.warning("%s was changed since it was written: it is read as it is now", folder / name)
+    for name in (file.split("/")[0] for file in files if file.endswith(PEFT_TENSORS)):
+        tensors |= {f"{name}.{key}": tensor for key, tensor in read_lora(folder / name).items()}
+    return tensors
+
+
+def _lora_files(folder: Path) -> list[str]:
+    """What says something in the PEFT folders within an adapter folder."""
+    return sorted(p.relative_to(folder).as_posix() for n in (PEFT_CONFIG, PEFT_TENSORS) for p in folder.glob(f"*/{n}"))
 
 
 def load_strictly(adapter: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -148,6 +186,7 @@ def save_checkpoint(
         _save_tensors(scratch / OPTIMIZER, moments)
         (scratch / STATE).write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}))
         (scratch / CONFIG).write_text(config)
+        write_checksums(scratch, CHECKPOINT)
     for old in list_checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -160,8 +199,10 @@ def load_checkpoint(folder: Path, adapter: nn.Module, optimizer: torch.optim.Opt
     """
     if not (folder / STATE).is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {STATE}; expected a folder run.dir/checkpoints/step-N")
-    load_strictly(adapter, _load_tensors(folder / TENSORS), str(folder))
-    moments = _load_tensors(folder / OPTIMIZER)
+    tensors, moments, state = _load_tensors(folder / TENSORS), _load_tensors(folder / OPTIMIZER), _load_state(folder)
+    if wrong := damage(folder):
+        raise ValueError(f"{wrong}; resume from another checkpoint")
+    load_strictly(adapter, tensors, str(folder))
     fused = bool(optimizer.defaults.get("fused"))  # the fused kernel counts its steps on the device
     for name, parameter in adapter.named_parameters():
         optimizer.state[parameter] = {
@@ -169,10 +210,15 @@ def load_checkpoint(folder: Path, adapter: nn.Module, optimizer: torch.optim.Opt
             for kind in ("step", "exp_avg", "exp_avg_sq")
             if f"{kind}/{name}" in moments
         }
-    try:
-        return json.loads((folder / STATE).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / STATE} is damaged ({error}); resume from another checkpoint") from None
+    return state
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint, None if nothing is."""
+    if not (folder / STATE).is_file():
+        return f"{folder} is no checkpoint: it has no {STATE}; expected a folder run.dir/checkpoints/step-N"
+    changed = changed_files(folder, CHECKPOINT)
+    return f"{folder / changed[0]} is damaged: it is not what was written" if changed else None
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -205,10 +251,33 @@ def require_same_parts(config: Stage1Config | Stage2Config, folder: Path, sectio
                 )
 
 
+# What may differ between a run and its resumption without a word: none of it enters the trained tensors.
+HARMLESS = (
+    "run.", "data.workers", "data.validation", "data.max_dropped_fraction", "train.resume", "train.cpu",
+    "train.checkpoint_", "train.keep_", "train.log_", "train.validat", "train.stop_", "train.gradient_checkpointing",
+)  # fmt: skip
+
+
+def changed_keys(config: Stage1Config | Stage2Config, folder: Path) -> list[str]:
+    """What this config has otherwise than the one a checkpoint was trained with, a line each."""
+    trained = dataclasses.asdict(read_config(folder / CONFIG))
+    return [
+        f"{section}.{key}={value}, was {trained[section][key]}"
+        for section, keys in dataclasses.asdict(config).items()
+        for key, value in keys.items()
+        if not f"{section}.{key}".startswith(HARMLESS) and value != trained.get(section, {}).get(key)
+    ]
+
+
+def run_bytes(adapter: nn.Module, keep: int) -> int:
+    """What the run's checkpoints and adapter take on disk at most."""
+    adapter_bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
+    return adapter_bytes * (3 * (keep + 1) + 1)  # weights and two moments each, one more while writing, the adapter
+
+
 def require_disk_space(run_dir: Path, adapter: nn.Module, keep: int) -> None:
     """Raise ValueError now, not after hours, when the disk cannot hold the run's checkpoints and adapter."""
-    adapter_bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
-    needed = adapter_bytes * (3 * (keep + 1) + 1)  # weights and two moments each, one more while writing, the adapter
+    needed = run_bytes(adapter, keep)
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise ValueError(
@@ -219,7 +288,27 @@ def require_disk_space(run_dir: Path, adapter: nn.Module, keep: int) -> None:
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "qformer", "format_version": FORMAT_VERSION})
+    try:
+        save_file(tensors, path, metadata={"format": "qformer", "format_version": FORMAT_VERSION})
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise OSError(f"{path.name}: {error}") from None
+
+
+def _load_state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / STATE).read_text())
+        version = state["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / STATE} is damaged ({error}); resume from another checkpoint") from None
+    _require_version(folder / STATE, version)
+    return state
+
+
+def _require_version(path: Path, version: str | None) -> None:
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this qformer reads {FORMAT_VERSION}; use the one that wrote it"
+        )
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -228,10 +317,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error}); it is damaged or incomplete") from None
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {metadata.get('format_version')}, this qformer reads {FORMAT_VERSION}"
-        )
+    _require_version(path, metadata.get("format_version"))
     return load_file(path)
 
 

@@ -6,6 +6,7 @@ learning rate is a function of the step, accumulation is an explicit inner loop,
 """
 
 import contextlib
+import datetime
 import logging
 import math
 import os
@@ -17,28 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
-from qformer.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    require_disk_space,
-    require_same_parts,
-    save_adapter,
-    save_checkpoint,
-)
+from qformer.checkpoint import changed_keys, load_checkpoint, require_same_parts, save_adapter, save_checkpoint
 from qformer.config import Stage1Config, Stage2Config, to_yaml
-from qformer.data import GlobalBatches, RecordDataset, derive_seed, training_loader
-from qformer.distributed import sum_over_ranks
-from qformer.log import ChanceWatch, RunLog, describe_losses
+from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed, training_loader
+from qformer.distributed import lost_rank, shard_blocks, shards_frozen, sum_over_ranks, take_over_sharding
+from qformer.log import ChanceWatch, MetricWindow, RunLog, describe_losses, gradient_norms, memory_bytes
 from qformer.models import Output, Prepared, Stage1Model, Stage2Model
 from qformer.objectives import ITM_CHANCE
 from qformer.optim import build_optimizer, lr_at
+from qformer.run_folder import open_run, save_or_go_on
 from qformer.validation import describe_validation, validate
 
 logger = logging.getLogger(__name__)
 Model = Stage1Model | Stage2Model
 Config = Stage1Config | Stage2Config
+
+
+SAME_SIGNAL_S = 3.0
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -65,7 +63,16 @@ def reported_errors() -> Iterator[None]:
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("QFORMER_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        said = str(error)
+        if "Original Traceback" in said:  # raised in a worker: its traceback is the message, the cause its last line
+            said = said.rstrip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {said}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        reason = lost_rank(error)
+        if reason is None or os.environ.get("QFORMER_TRACEBACK"):
+            raise
+        print(f"error: {reason}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -77,11 +84,13 @@ def start_accelerator(config: Config) -> Accelerator:
     cpu = config.train.cpu or not torch.accelerator.is_available()
     if cpu and config.train.mixed_precision == "fp16":
         raise ValueError("train.mixed_precision=fp16 needs a GPU; use bf16 or no on a CPU")
+    take_over_sharding()
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=config.train.mixed_precision,
         log_with=config.run.trackers or None,
         project_dir=config.run.dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.train.timeout_s))],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
@@ -99,40 +108,51 @@ def fit(
 
     Returns: True when finished, False when Ctrl-C or SIGTERM stopped it after saving a checkpoint.
     Raises: NonFiniteLoss before the update that a non-finite loss or gradient would spoil; ValueError for a run folder
-        or batch size that does not fit.
+        or batch size that does not fit, or when more than `data.max_dropped_fraction` of the records were broken; OSError
+        when the last checkpoint or the adapter could not be written.
     """
+    options = config.train
+    with open_run(Path(config.run.dir), options.resume, model.adapter, options.keep_checkpoints) as resume_from:
+        return _train(model, train, validation, config, accelerator, resume_from)
+
+
+def _train(
+    model: Model, train: RecordDataset, validation: RecordDataset | None, config: Config, accelerator: Accelerator,
+    resume_from: Path | None,
+) -> bool:  # fmt: skip
     options, run_dir = config.train, Path(config.run.dir)
     micro, world = options.micro_batch_size, accelerator.num_processes
     accumulation = _accumulation(options.global_batch_size, micro, world)
-    resume_from = _resume_from(run_dir, options.resume)
-    run_dir.mkdir(parents=True, exist_ok=True)
     adapter = model.adapter
-    require_disk_space(run_dir, adapter, options.keep_checkpoints)
-    model.to(accelerator.device)
-    if isinstance(model, Stage2Model) and accelerator.device.type == "cpu" and options.mixed_precision == "bf16":
-        model.llm.use_plain_attention()
+    _place(model, accelerator)
     o = config.optim
     optimizer = build_optimizer(adapter, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay, eps=1e-8)
-    state: dict[str, Any] = {"step": 0, "dropped": 0, "window": {}}
+    state: dict[str, Any] = {"step": 0, "samples": 0, "dropped": 0, "window": {}}
     if resume_from:
         require_same_parts(
             config, resume_from, ("encoder", "llm") if isinstance(config, Stage2Config) else ("encoder",)
         )
         state = load_checkpoint(resume_from, adapter, optimizer)
+        state = {"samples": state["step"] * options.global_batch_size, "records": train.sizes, **state}
         if state["step"] > options.max_steps:
             raise ValueError(
                 f"{resume_from} is past train.max_steps={options.max_steps}; raise it, or take another run.dir"
             )
         logger.info("resumed from %s at step %d of %d", resume_from, state["step"], options.max_steps)
+        changed = changed_keys(config, resume_from)
+        if train.sizes != state["records"]:
+            changed.append(f"records of data.train: {train.sizes}, were {state['records']}")
+        if changed:
+            logger.warning("this is another run from here on, its config has changed: %s", "; ".join(changed))
     model.adapter, stepper = accelerator.prepare(adapter, optimizer)
     if accelerator.scaler and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
     step = first_step = last_saved = state["step"]
-    batches = GlobalBatches(
-        len(train), options.seed, world, accelerator.process_index, micro, accumulation, first_step=first_step
-    )
+    order = build_order(train.sizes, options.seed, config.data.weights, config.data.shuffle_block_records)
+    batches = GlobalBatches(order, world, accelerator.process_index, micro, first=state["samples"])
     loader = iter(training_loader(train, batches, config.data.workers))
-    chance = chance_levels(model, micro * world)
+    candidates = micro * world * (model.contrasted_together(micro) if isinstance(model, Stage1Model) else 1)
+    chance = chance_levels(model, candidates)
     watch = ChanceWatch(chance, patience_steps=max(20, options.log_every_steps), after_step=o.warmup_steps)
     config_yaml = to_yaml(config)
     if accelerator.is_main_process:
@@ -141,24 +161,38 @@ def fit(
         accelerator.init_trackers(run_dir.name)
     log = RunLog(run_dir, is_main=accelerator.is_main_process, resume_step=first_step if resume_from else None)
 
-    def save() -> None:
-        if accelerator.is_main_process:
-            scaler = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
-            kept = {"dropped": state["dropped"], "window": window.sums, **scaler}
-            save_checkpoint(run_dir, step, adapter, optimizer, kept, config_yaml, options.keep_checkpoints)
-        accelerator.wait_for_everyone()
+    def save(must: bool = False) -> None:
+        nonlocal last_saved
+        scaler = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
+        kept = {"samples": state["samples"], "records": train.sizes, "dropped": state["dropped"]}
+        kept |= {"window": window.sums, "unvalidated": unvalidated, **scaler}
+        arguments = (run_dir, step, adapter, optimizer, kept, config_yaml, options.keep_checkpoints)
+        start = time.perf_counter()
+        if save_or_go_on(lambda: save_checkpoint(*arguments), run_dir, step, must):
+            if last_saved == first_step:
+                _warn_of_deadline(step_s, time.perf_counter() - start, options.stop_within_s)
+            last_saved = step
 
-    window, stopping = _Window(state["window"]), 0.0
+    def look() -> bool:
+        """Validate; False when told to stop on the way, to be done again after resuming."""
+        found = validate(model, validation, config, accelerator, stop) if validation else {}
+        if found:
+            log.log(step, found)
+            accelerator.log({k: v for k, v in found.items() if isinstance(v, float)}, step=step)
+            if accelerator.is_main_process:
+                logger.info("validation at step %d: %s", step, describe_validation(found))
+        return found is not None
+
+    window, stopping, too_many, step_s = MetricWindow(state["window"]), 0.0, "", 0.0
+    unvalidated, dropped_before = bool(state.get("unvalidated")), state["dropped"]
     model.train()
     with log, _stop_signals() as stop, log.progress(options.max_steps, first_step, options.log_every_steps) as progress:
+        if unvalidated and not (unvalidated := not look()):
+            save()
+        stopping = float(unvalidated)
         while step < options.max_steps and not stopping:
             torch.manual_seed(derive_seed(options.seed, step, accelerator.process_index))
-            lr = lr_at(
-                step, peak_lr=o.lr, min_lr=o.min_lr, warmup_steps=o.warmup_steps, warmup_lr=o.warmup_lr,
-                max_steps=options.max_steps,
-            )  # fmt: skip
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = _set_learning_rate(optimizer, step, config)
             start = time.perf_counter()
             prepared = [
                 model.prepare(
@@ -173,23 +207,29 @@ def fit(
                 math.isfinite(norm) or accelerator.scaler is not None
             )
             # one small message a step, so that all ranks agree: is it sound, what was dropped, was one told to stop
-            bad, dropped, stopping, *sums = _sum(
-                [not sound, dropped, bool(stop), *metrics.values()], accelerator.device
+            tokens = float(sum(p.target_tokens for p in prepared))
+            bad, dropped, stopping, tokens, *sums = _sum(
+                [not sound, dropped, bool(stop), tokens, *metrics.values()], accelerator.device
             )
             if bad:
                 raise NonFiniteLoss(_describe_non_finite(step, metrics, norm, prepared))
+            step += 1
+            logs = step % options.log_every_steps == 0 or step == options.max_steps
+            norms = gradient_norms(adapter, norm, o.clip_norm) if logs else {}
             stepper.step()
             stepper.zero_grad()
-            step += 1
+            step_s = time.perf_counter() - start
+            state["samples"] += options.global_batch_size
             state["dropped"] += int(dropped)
+            read = (step - first_step) * options.global_batch_size
+            too_many = _too_many_dropped(state["dropped"] - dropped_before, read, len(train), config)
             means = {name: value / world for name, value in zip(metrics, sums, strict=True)}
-            window.add(means | {"gradient_norm": norm}, options.global_batch_size)
-            if step % options.log_every_steps == 0 or step == options.max_steps:
+            window.add(means | {"gradient_norm": norm}, options.global_batch_size, tokens)
+            if logs:
                 means, timing = window.close()
-                line = means | {f"{name}_chance": value for name, value in chance.items()} | timing
-                line |= {"lr": lr, "dropped": state["dropped"]} | (
-                    {"itc_negatives": micro * world - 1} if chance else {}
-                )
+                line = means | norms | {f"{name}_chance": value for name, value in chance.items()} | timing
+                line |= {"memory_bytes": memory_bytes(accelerator.device), "lr": lr, "dropped": state["dropped"]}
+                line |= {"itc_negatives": candidates - 1} if chance else {}
                 log.log(step, line)
                 accelerator.log(line, step=step)
                 for warning in watch.update(step, means):
@@ -199,28 +239,68 @@ def fit(
             else:
                 progress.update(step)
             if validation and (step % options.validate_every_steps == 0 or step == options.max_steps):
-                found = validate(model, validation, config, accelerator)
-                log.log(step, found)
-                accelerator.log({k: v for k, v in found.items() if isinstance(v, float)}, step=step)
-                if accelerator.is_main_process:
-                    logger.info("validation at step %d: %s", step, describe_validation(found))
+                unvalidated = bool(stopping) or not look()
+            stopping = stopping or unvalidated or bool(too_many)
             if step % options.checkpoint_every_steps == 0 or step == options.max_steps:
                 save()
-                last_saved = step
         if last_saved != step:
-            save()
+            save(must=True)
     model.adapter = adapter
     if config.run.trackers:
         accelerator.end_training()
-    if step < options.max_steps:
+    if too_many:
+        raise ValueError(too_many)
+    if step < options.max_steps or unvalidated:
         logger.warning("stopped at step %d of %d and saved; go on with train.resume=auto", step, options.max_steps)
         return False
-    if accelerator.is_main_process:
-        save_adapter(run_dir / "adapter", adapter, config_yaml, model_card(config, step, state["dropped"]))
-    accelerator.wait_for_everyone()
-    if state["dropped"]:
-        logger.warning("%d broken records were met and replaced by others", state["dropped"])
+    card = model_card(config, step, state["dropped"])
+    save_or_go_on(lambda: save_adapter(run_dir / "adapter", adapter, config_yaml, card), run_dir, step, must=True)
+    if state["dropped"] and accelerator.is_main_process:
+        share = state["dropped"] / (state["dropped"] + step * options.global_batch_size)
+        logger.warning("%d broken records were met and replaced by others, %.2g %%", state["dropped"], 100 * share)
     return True
+
+
+def _too_many_dropped(dropped: int, read: int, records: int, config: Config) -> str:
+    """Why to stop, or nothing; the first records are too few to judge by."""
+    share, limit = dropped / max(1, dropped + read), config.data.max_dropped_fraction
+    if read < min(records, 1000) or share <= limit:
+        return ""
+    return (
+        f"{dropped} of {dropped + read} records met were broken ({share:.1%}), more than data.max_dropped_fraction="
+        f"{limit}; 'broken record' above says which and why. Mend the data or raise it, then go on with train.resume=auto"
+    )
+
+
+def _warn_of_deadline(step_s: float, save_s: float, stop_within_s: float) -> None:
+    if step_s + save_s > stop_within_s:
+        logger.warning(
+            "a step takes %.0f s and a checkpoint %.0f s: told to stop by SIGTERM, this run may need more than "
+            "train.stop_within_s=%g; ask the scheduler for more time (SLURM: --signal=TERM@%d) and set it to that",
+            step_s, save_s, stop_within_s, 2 * (step_s + save_s),
+        )  # fmt: skip
+
+
+def _place(model: Model, accelerator: Accelerator) -> None:
+    """Everything to this rank's device; frozen models in shards where the launch says so, the adapter always whole."""
+    llm = model.llm if isinstance(model, Stage2Model) else None
+    if llm and accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        llm.use_plain_attention()
+    if shards_frozen():  # before they move: no device has to hold a whole one
+        for frozen in [model.encoder, llm.model] if llm else [model.encoder]:
+            shard_blocks(frozen, accelerator.device)
+    model.to(accelerator.device)
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Config) -> float:
+    o = config.optim
+    lr = lr_at(
+        step, peak_lr=o.lr, min_lr=o.min_lr, warmup_steps=o.warmup_steps, warmup_lr=o.warmup_lr,
+        max_steps=config.train.max_steps,
+    )  # fmt: skip
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def _forward_backward(
@@ -230,6 +310,9 @@ def _forward_backward(
     tokens = torch.tensor(float(sum(p.target_tokens for p in prepared)), device=accelerator.device)
     targets_per_rank = sum_over_ranks(tokens) / (accelerator.num_processes * len(prepared))
     outputs: list[Output] = []
+    if isinstance(model, Stage1Model):
+        with accelerator.autocast():
+            prepared = model.contrast(prepared)
     for i, micro_batch in enumerate(prepared):
         last = i == len(prepared) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model.adapter), accelerator.autocast():
@@ -237,9 +320,8 @@ def _forward_backward(
         with contextlib.nullcontext() if last else accelerator.no_sync(model.adapter):
             accelerator.backward(outputs[-1].loss / len(prepared))
     norm = accelerator.clip_grad_norm_(model.adapter.parameters(), clip_norm)
-    metrics = {
-        name: float(torch.stack([o.metrics[name].float() for o in outputs]).mean()) for name in outputs[0].metrics
-    }
+    means = torch.stack([torch.stack([v.float() for v in o.metrics.values()]) for o in outputs]).mean(0).tolist()
+    metrics = dict(zip(outputs[0].metrics, means, strict=True))  # all of them in one wait for the device
     return metrics, float(norm) if norm is not None else math.nan
 
 
@@ -265,14 +347,19 @@ def model_card(config: Config, step: int, dropped: int) -> str:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one dies as usual."""
-    received: list[int] = []
+def _stop_signals() -> Iterator[list[float]]:
+    """Collect when SIGINT and SIGTERM came instead of dying; Ctrl-C again, seconds later, dies as usual.
+
+    Both come twice where a launcher passes on what its processes were sent themselves, as by SLURM or a terminal.
+    """
+    received: list[float] = []
 
     def note(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        logger.warning("%s: finishing this step, then saving; once more to quit at once", signal.Signals(number).name)
+        received.append(time.monotonic())
+        if len(received) == 1:
+            logger.warning("%s: finishing this step, then saving; Ctrl-C quits at once", signal.Signals(number).name)
+        elif number == signal.SIGINT and received[-1] - received[0] > SAME_SIGNAL_S:
+            raise KeyboardInterrupt
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -296,51 +383,8 @@ def _accumulation(global_batch: int, micro: int, world: int) -> int:
     return global_batch // (micro * world)
 
 
-def _resume_from(run_dir: Path, resume: str | None) -> Path | None:
-    found = list_checkpoints(run_dir)
-    if resume == "auto":
-        return found[-1] if found else None
-    if resume is None and found:
-        raise ValueError(
-            f"run.dir={run_dir} already holds a run ({found[-1].name}); go on with train.resume=auto, "
-            "or choose another run.dir"
-        )
-    return Path(resume) if resume else None
-
-
 def _sum(values: Sequence[float], device: torch.device) -> list[float]:
     return sum_over_ranks(torch.tensor(values, device=device)).tolist()
-
-
-class _Window:
-    """Sums of the metrics since the last line of the log; the sums are kept with a checkpoint, the clock is not."""
-
-    def __init__(self, sums: dict[str, float]) -> None:
-        self._open(sums)
-
-    def _open(self, sums: dict[str, float]) -> None:
-        self.sums, self.samples, self.waited_s, self.start = sums, 0, 0.0, time.perf_counter()
-
-    def add(self, metrics: dict[str, float], samples: int) -> None:
-        _add(self.sums, metrics)
-        self.samples += samples
-
-    def close(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Means, and samples per second with the share of time spent waiting for data; begins a new window."""
-        seconds = time.perf_counter() - self.start
-        timing = {"samples_per_s": self.samples / seconds, "data_wait": self.waited_s / seconds}
-        means = _means(self.sums)
-        self._open({})
-        return means, timing
-
-
-def _add(window: dict[str, float], metrics: dict[str, float]) -> None:
-    for name, value in {**metrics, "count": 1.0}.items():
-        window[name] = window.get(name, 0.0) + value
-
-
-def _means(window: dict[str, float]) -> dict[str, float]:
-    return {name: value / window["count"] for name, value in window.items() if name != "count"}
 
 
 def _describe_non_finite(step: int, metrics: dict[str, float], norm: float, prepared: list[Prepared]) -> str:

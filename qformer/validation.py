@@ -1,5 +1,6 @@
 """Numbers on held-out records while a run trains: losses, recall@1 both ways, a few captions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from qformer.config import Stage1Config, Stage2Config
-from qformer.data import GlobalBatches, RecordDataset, derive_seed, training_loader
+from qformer.data import GlobalBatches, Order, RecordDataset, derive_seed, training_loader
 from qformer.distributed import gather, gather_objects, sum_over_ranks
 from qformer.metrics import recall_at_k
 from qformer.models import Prepared, Stage1Model, Stage2Model
@@ -19,15 +20,19 @@ def validate(
     validation: RecordDataset,
     config: Stage1Config | Stage2Config,
     accelerator: Accelerator,
-) -> dict[str, Any]:
+    stop: Sequence[float] = (),
+) -> dict[str, Any] | None:
     """Losses on held-out records; stage 1 adds recall@1 both ways over all of them, stage 2 a few captions.
 
     Every rank reads the same number of records (a broken one is replaced), in the same order at every validation.
+
+    Args:
+        stop: not empty as soon as this rank was told to stop; all ranks then return None after the same batch.
     """
     options, world = config.train, accelerator.num_processes
     micro = options.micro_batch_size
     count = max(1, min(options.validation_records, len(validation)) // (micro * world))
-    batches = GlobalBatches(len(validation), 0, world, accelerator.process_index, micro, 1)
+    batches = GlobalBatches(Order(len(validation), seed=0), world, accelerator.process_index, micro)
     loader = iter(training_loader(validation, batches, 0))
     model.eval()
     totals: dict[str, float] = {}
@@ -35,9 +40,13 @@ def validate(
     captions: list[dict[str, str]] = []
     for i in range(count):
         prepared = model.prepare(next(loader).to(accelerator.device), derive_seed("validation", i))
-        tokens = sum_over_ranks(torch.tensor(float(prepared.target_tokens), device=accelerator.device)) / world
+        mine = torch.tensor([float(prepared.target_tokens), float(bool(stop))], device=accelerator.device)
+        tokens, told_to_stop = sum_over_ranks(mine)
+        if told_to_stop:
+            model.train()
+            return None
         with accelerator.autocast():
-            output = model(prepared, tokens)
+            output = model(prepared, tokens / world)
         for name, value in output.metrics.items():
             if name != "temperature":
                 totals[name] = totals.get(name, 0.0) + float(value) / (count * world)

@@ -96,7 +96,7 @@ def test_adapter_round_trip(tmp_path):
     adapter = Adapter()
     save_adapter(tmp_path / "adapter", adapter, "a: 1\n", "# card\n")
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
-        "README.md", "adapter.safetensors", "config.yaml",
+        "README.md", "SHA256SUMS", "adapter.safetensors", "config.yaml",
     ]  # fmt: skip
     again = Adapter(seed=1)
     load_strictly(again, read_adapter(tmp_path / "adapter"), "x")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tiny import Tiny, build_encoder, run_stage
 
 import qformer
-from qformer import models, training
+from qformer import contrast, models, training
 from qformer.build import build_dataset, build_stage1
 from qformer.checkpoint import list_checkpoints, read_adapter
 from qformer.config import Stage1Config, load_config, read_config
@@ -82,11 +82,11 @@ def stage1_run(tiny: Tiny, tmp_path_factory) -> Path:
 
 def test_stage1_leaves_the_run_folder(stage1_run, tiny):
     left = sorted(p.relative_to(stage1_run).as_posix() for p in stage1_run.rglob("*") if p.is_file())
-    checkpoint = ["adapter.safetensors", "config.yaml", "optimizer.safetensors", "state.json"]
+    checkpoint = ["SHA256SUMS", "adapter.safetensors", "config.yaml", "optimizer.safetensors", "state.json"]
     assert left == sorted(
-        [f"adapter/{name}" for name in ("README.md", "adapter.safetensors", "config.yaml")]
+        [f"adapter/{name}" for name in ("README.md", "SHA256SUMS", "adapter.safetensors", "config.yaml")]
         + [f"checkpoints/step-{n}/{name}" for n in (2, 4) for name in checkpoint]
-        + ["config.yaml", "metrics.jsonl"]
+        + [".lock", "config.yaml", "metrics.jsonl"]
     )
     assert read_config(stage1_run / "config.yaml") == read_config(stage1_run / "adapter/config.yaml")
     card = (stage1_run / "adapter/README.md").read_text()
@@ -368,14 +368,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, tmp_path, monke
     accelerator, model = start_accelerator(config), build_stage1(config)
     before = {name: value.clone() for name, value in model.adapter.state_dict().items()}
     train = build_dataset(config.data, model.encoder, "train", 0)
-    original = models.itc_loss
+    original = contrast.itc_loss
     poisons = {
         "loss": lambda similarities, *more: original(similarities, *more) * math.nan,
         # finite forward, nan backward: the derivative of a root at 0
         "gradient": lambda similarities, *more: original(similarities, *more) + (similarities.sum() * 0).sqrt(),
     }
     for what, poison in poisons.items():
-        monkeypatch.setattr(models, "itc_loss", poison)
+        monkeypatch.setattr(contrast, "itc_loss", poison)
         with pytest.raises(NonFiniteLoss, match=r"step 1: not finite: .*nan.*no update was made.*picture \d+") as found:
             fit(model, train, None, config, accelerator)
         assert ("itc nan" in str(found.value)) is (what == "loss")

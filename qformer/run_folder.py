@@ -1,0 +1,150 @@
+"""The folder of a run: who may write to it, what in it to resume from, and what becomes of a save that fails."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TypeVar
+
+from torch import nn
+
+from qformer.checkpoint import SCRATCH, damage, list_checkpoints, require_disk_space
+from qformer.distributed import gather_objects, rank, world_size
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LOCK = ".lock"
+
+
+def on_first_rank(act: Callable[[], T]) -> T:
+    """What `act` returns on the first rank, where alone it runs; its ValueError or OSError is raised on every rank."""
+    if world_size() == 1:
+        return act()
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = act()
+        except (ValueError, OSError) as caught:
+            error = caught
+    # without a word of it the others would wait for the first rank until the process group times out
+    result, message, of_disk = gather_objects((result, error and str(error), isinstance(error, OSError)))[0]
+    if error is not None:
+        raise error
+    if message is not None:
+        raise OSError(message) if of_disk else ValueError(message)
+    return result
+
+
+@contextlib.contextmanager
+def open_run(run_dir: Path, resume: str | None, adapter: nn.Module, keep: int) -> Iterator[Path | None]:
+    """Make the folder of a run, hold it against a second run, and yield the checkpoint to resume from.
+
+    Args:
+        resume: `train.resume`; "auto" passes over damaged checkpoints.
+        adapter: what `keep` checkpoints will hold.
+
+    Raises: ValueError, on all ranks, when the folder cannot be written, is in use, too small, or holds another run; when
+        the checkpoint named is damaged, or none is whole.
+    """
+    with contextlib.ExitStack() as held:
+
+        def begin() -> Path | None:
+            held.enter_context(_held_alone(run_dir))
+            _sweep(run_dir)
+            found = _resume_from(run_dir, resume)
+            require_disk_space(run_dir, adapter, keep)
+            return found
+
+        yield on_first_rank(begin)
+
+
+def save_or_go_on(save: Callable[[], object], run_dir: Path, step: int, must: bool) -> bool:
+    """Save on the first rank; a full or broken disk is told of and training goes on. Returns: whether it was saved.
+
+    Raises: OSError instead, on all ranks, when this save `must` be: the last of a run.
+    """
+    try:
+        on_first_rank(save)
+        return True
+    except OSError as error:
+        found = list_checkpoints(run_dir)
+        what = f"step {step} cannot be saved in run.dir={run_dir} ({error}); " + (
+            f"the newest checkpoint is {found[-1].name}" if found else "there is no checkpoint yet"
+        )
+        if must:
+            raise OSError(f"{what}. Make room or mend the disk, then go on with train.resume=auto") from error
+        if rank() == 0:
+            logger.warning("%s. Training goes on; the next checkpoint is tried as usual", what)
+        return False
+
+
+@contextlib.contextmanager
+def _held_alone(run_dir: Path) -> Iterator[None]:
+    """Lock the folder for as long as this process lives; a killed run leaves no lock.
+
+    A lock by `fcntl` and not by `flock`: the workers of a killed run live on for seconds and would still hold the latter.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK).open("a+")
+    except OSError as error:
+        raise ValueError(
+            f"run.dir={run_dir} cannot be written ({error.strerror}); choose another, or make it writable for "
+            f"user {os.getuid()}"
+        ) from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"run.dir={run_dir} is in use by {_owner(file)}; wait for it, stop it, or choose another run.dir"
+                ) from None
+            logger.warning("run.dir=%s cannot be locked (%s): see that no second run uses it", run_dir, error.strerror)
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read(200).strip() or "another run"
+
+
+def _sweep(run_dir: Path) -> None:
+    """Remove what a killed run had begun to write; the lock is held, so nobody writes there."""
+    for folder in (run_dir, run_dir / "checkpoints"):
+        for scratch in folder.glob(SCRATCH.format("*")):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _resume_from(run_dir: Path, resume: str | None) -> Path | None:
+    found = list_checkpoints(run_dir)
+    if resume is None and found:
+        raise ValueError(
+            f"run.dir={run_dir} already holds a run ({found[-1].name}); go on with train.resume=auto, "
+            "or choose another run.dir"
+        )
+    if resume is None:
+        return None
+    if resume != "auto":
+        if wrong := damage(Path(resume)):
+            raise ValueError(f"{wrong}; resume from another checkpoint")
+        return Path(resume)
+    for folder in reversed(found):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        logger.warning("%s; going back to the checkpoint before it", wrong)
+    if found:
+        raise ValueError(f"no checkpoint in run.dir={run_dir} is whole; begin anew in another run.dir")
+    return None
