@@ -1,9 +1,13 @@
-"""What a run tells while it trains: `metrics.jsonl`, a progress line, and a word when a loss does not learn."""
+"""What a run tells while it trains: `metrics.jsonl`, a progress line, and a word when a loss does not learn.
+
+docs/observability.md says of every number in `metrics.jsonl` what it is and when to worry.
+"""
 
 import json
 import logging
 import math
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -12,16 +16,33 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 # The fields that differ between two otherwise equal runs: everything else in a line is reproducible.
-TIMING_FIELDS = ("samples_per_s", "seconds", "eta", "data_wait")
+TIMING_FIELDS = ("samples_per_s", "tokens_per_s", "seconds", "eta", "data_wait", "memory_bytes")
 # A running mean this close to chance, relative to it, counts as "at chance".
 CHANCE_BAND = 0.02
+# The parts of an adapter whose gradients are told apart, each with what the names of its parameters match; the first fits.
+PARTS = {
+    "llm_lora": r"^llm_lora\.",
+    "encoder": r"^encoder(_lora)?\.",
+    "query_tokens": r"query_tokens",
+    "self_attention": r"\.attention\.",
+    "cross_attention": r"\.cross_attention\.",
+    "query_ffn": r"\.query_ffn\.",
+    "text_ffn": r"\.text_ffn\.",
+    "embeddings": r"embedding",
+    "feature_norm": r"^feature_norm\.",
+    "language_projection": r"^language_projection\.",
+    "heads": "",
+}
 
 
 class RunLog:
@@ -61,8 +82,11 @@ class RunLog:
         if self._file is None:
             return
         line = json.dumps({"step": step} | {name: _plain(value) for name, value in values.items()}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:  # what a full disk does not take stays in the file's buffer, for the next line to push out
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            logger.warning("%s: step %d is not on the disk yet (%s)", self._file.name, step, error.strerror)
 
     def progress(self, total_steps: int, first_step: int, every_steps: int = 50) -> "StepProgress":
         """A progress display from `first_step` to `total_steps`, for use in a `with`; silent off the main rank."""
@@ -70,7 +94,10 @@ class RunLog:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                logger.warning("%s: its last lines are lost (%s)", self._file.name, error.strerror)
             self._file = None
 
     def __enter__(self) -> "RunLog":
@@ -144,6 +171,67 @@ class StepProgress:
         line = f"step {step}/{self.total_steps} ({100 * step // max(1, self.total_steps)} %), {left} left"
         line = f"{line}: {self._text}" if self._text else line
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class MetricWindow:
+    """Means of the metrics since the last line of the log, and speeds.
+
+    Args:
+        sums: those of a checkpoint, kept with it so that a resumed run logs the same means; the clock is not kept.
+    """
+
+    def __init__(self, sums: dict[str, float]):
+        self._open(sums)
+
+    def _open(self, sums: dict[str, float]) -> None:
+        self.sums, self.samples, self.tokens, self.waited_s = sums, 0, 0.0, 0.0
+        self.start = time.perf_counter()
+
+    def add(self, metrics: Mapping[str, float], samples: int, tokens: float) -> None:
+        """Take what one step found, read and had as target tokens, over all ranks."""
+        for name, value in {**metrics, "count": 1.0}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.samples += samples
+        self.tokens += tokens
+
+    def close(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Means, and speeds with the share of time spent waiting for data; begins a new window."""
+        seconds = time.perf_counter() - self.start
+        means = {name: value / self.sums["count"] for name, value in self.sums.items() if name != "count"}
+        timing = {
+            "samples_per_s": self.samples / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "data_wait": self.waited_s / seconds,
+        }
+        self._open({})
+        return means, timing
+
+
+def gradient_norms(adapter: nn.Module, total: float, clip_norm: float) -> dict[str, float]:
+    """The gradient's norm in every part of `PARTS` as it was before clipping; the root of their squares' sum is `total`.
+
+    Waits for the device once, so it is asked for on the steps that are logged only.
+
+    Args:
+        total: the norm of the whole gradient before it was clipped to `clip_norm`.
+    """
+    squares: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in adapter.named_parameters():
+        if parameter.grad is not None:
+            part = next(part for part, pattern in PARTS.items() if re.search(pattern, name))
+            squares.setdefault(part, []).append(parameter.grad.float().square().sum())
+    if not squares:  # DeepSpeed keeps the gradients to itself
+        return {}
+    norms = torch.stack([torch.stack(of_part).sum() for of_part in squares.values()]).sqrt().tolist()
+    clipped_by = max(1.0, (total + 1e-6) / clip_norm)  # as torch clips
+    return {f"gradient_norm_{part}": norm * clipped_by for part, norm in zip(squares, norms, strict=True)}
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most that was allocated on a GPU so far; on a CPU what this process holds now, without its data workers."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 class ChanceWatch:

@@ -1,15 +1,31 @@
 import io
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from tiny import run_stage
 from torch import nn
 
-from qformer.log import TIMING_FIELDS, ChanceWatch, RunLog, StepProgress, describe_losses
+from qformer.log import (
+    PARTS,
+    TIMING_FIELDS,
+    ChanceWatch,
+    MetricWindow,
+    RunLog,
+    StepProgress,
+    describe_losses,
+    gradient_norms,
+    memory_bytes,
+)
+from qformer.models import Stage1Adapter, Stage2Adapter, mean_cosine
 from qformer.optim import build_optimizer, lr_at, parameter_groups
+from qformer.qformer import QFormer
 
+REPO = Path(__file__).resolve().parent.parent
 SCHEDULE = {"peak_lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 10, "warmup_lr": 1e-6, "max_steps": 110}
 
 
@@ -158,3 +174,112 @@ def test_chance_watch_warns_once_per_stuck_loss():
             warned[step] = warning
     assert list(warned) == [121]  # steps 102..121 are the first full window after the warm-up
     assert warned[121].startswith("itc has sat at its chance level for 20 steps (mean 4.16, chance 4.16)")
+
+
+# ---- what is measured ----
+
+
+def adapter_of(stage: int) -> Stage1Adapter | Stage2Adapter:
+    sizes = {"width": 8, "layers": 2, "heads": 2, "ffn_width": 8, "queries": 3, "encoder_width": 6}
+    if stage == 1:
+        return Stage1Adapter(QFormer(**sizes, vocab_size=11), 6, 4, dec_id=1)
+    return Stage2Adapter(QFormer(**sizes, vocab_size=None), 6, 10)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradient_norms_of_the_parts_are_those_before_clipping(stage):
+    torch.manual_seed(0)
+    adapter = adapter_of(stage)
+    for parameter in adapter.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    expected = {
+        "query_tokens": [adapter.qformer.query_tokens],
+        "self_attention": [p for block in adapter.qformer.layers for p in block.attention.parameters()],
+        "cross_attention": [*adapter.qformer.layers[0].cross_attention.parameters()],
+        "query_ffn": [p for block in adapter.qformer.layers for p in block.query_ffn.parameters()],
+        "feature_norm": [*adapter.feature_norm.parameters()],
+    }
+    if stage == 1:
+        heads = [adapter.image_projection, adapter.text_projection, adapter.itm_head, adapter.lm_transform]
+        parameters = [p for module in [*heads, adapter.lm_norm] for p in module.parameters()]
+        expected["heads"] = [*parameters, adapter.temperature, adapter.lm_bias]
+    else:
+        expected["language_projection"] = [*adapter.language_projection.parameters()]
+    before = {part: math.sqrt(sum(float(p.grad.square().sum()) for p in ps)) for part, ps in expected.items()}
+
+    for clip_norm in (0.5, 1e9):
+        total = float(nn.utils.clip_grad_norm_(adapter.parameters(), clip_norm))
+        found = gradient_norms(adapter, total, clip_norm)
+        assert set(found) <= {f"gradient_norm_{part}" for part in PARTS}
+        assert {part: found[f"gradient_norm_{part}"] for part in before} == pytest.approx(before, rel=1e-4)
+        assert math.sqrt(sum(norm**2 for norm in found.values())) == pytest.approx(total, rel=1e-4)
+        for parameter in adapter.parameters():  # as before the clipping, for the next turn
+            parameter.grad *= max(1.0, (total + 1e-6) / clip_norm)
+    assert ("gradient_norm_text_ffn" in found) is (stage == 1)
+
+
+def test_gradient_norms_without_gradients():
+    assert gradient_norms(adapter_of(1), math.nan, 1.0) == {}
+
+
+def test_mean_cosine_of_queries_is_that_of_all_pairs():
+    torch.manual_seed(0)
+    output = torch.randn(3, 5, 7)
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    cosines = [nn.functional.cosine_similarity(output[:, i], output[:, j], dim=-1) for i, j in pairs]
+    torch.testing.assert_close(mean_cosine(output), torch.stack(cosines).mean())
+    assert mean_cosine(torch.randn(2, 1, 7).expand(2, 4, 7)).item() == pytest.approx(1)
+    assert mean_cosine(torch.eye(4)[None]).item() == pytest.approx(0)
+    assert mean_cosine(torch.randn(2, 1, 7)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_window_gives_means_and_speeds_and_begins_anew(monkeypatch):
+    clock = iter([10.0, 14.0, 20.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    window = MetricWindow({"itc": 6.0, "count": 2.0})  # of a checkpoint in the middle of a window
+    window.add({"itc": 3.0}, samples=8, tokens=100.0)
+    window.waited_s += 1.0
+    means, timing = window.close()
+    assert means == {"itc": 3.0}
+    assert timing == {"samples_per_s": 2.0, "tokens_per_s": 25.0, "data_wait": 0.25}
+    assert timing.keys() <= set(TIMING_FIELDS)
+    assert window.sums == {}
+
+
+def test_memory_is_that_of_this_process():
+    before = memory_bytes(torch.device("cpu"))
+    kept = torch.ones(50_000_000)
+    assert memory_bytes(torch.device("cpu")) - before > 0.8 * kept.nbytes
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_key_of_a_run_is_there_and_documented(tiny, tmp_path, stage):
+    run_stage(stage, (tiny.stage1 if stage == 1 else tiny.stage2)(tmp_path, "train.log_every_steps=2"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    second, last, validation = lines  # steps 2, 3 and the validation at the end
+    parts = {"query_tokens", "self_attention", "cross_attention", "query_ffn", "embeddings", "feature_norm"}
+    parts |= {"heads", "text_ffn"} if stage == 1 else {"language_projection"}
+    measured = {
+        "samples_per_s",
+        "tokens_per_s",
+        "data_wait",
+        "memory_bytes",
+        "lr",
+        "gradient_norm",
+        "query_output_cosine",
+    }
+    for line in (second, last):
+        assert {name.removeprefix("gradient_norm_") for name in line if name.startswith("gradient_norm_")} == parts
+        assert all(line[f"gradient_norm_{part}"] > 0 for part in parts)
+        assert measured <= line.keys()
+        assert -1 <= line["query_output_cosine"] <= 1
+        assert line["tokens_per_s"] > 2 * line["samples_per_s"], "a caption has at least three tokens"
+        assert 1e7 < line["memory_bytes"] < 1e11
+        assert 0 <= line["data_wait"] <= 1
+    # the last window is one step, so the parts add up to the whole
+    whole = math.sqrt(sum(last[f"gradient_norm_{part}"] ** 2 for part in parts))
+    assert whole == pytest.approx(last["gradient_norm"], rel=1e-4)
+    assert "validation_query_output_cosine" in validation
+
+    documented = set(re.findall(r"`(\w+)`", (REPO / "docs/observability.md").read_text()))
+    assert {name for line in lines for name in line} <= documented

@@ -1,0 +1,67 @@
+"""Check a config on this machine before hours are spent: models, data, disk, memory, one step, and the time to finish.
+
+python stages/doctor.py configs/shapes/stage1.yaml run.dir=runs/demo/stage1
+python stages/doctor.py configs/stage2.yaml configs/encoder/eva_g.yaml configs/llm/opt_2.7b.yaml configs/data/coco.yaml \\
+    stage2.init_from=runs/s1/adapter run.dir=runs/s2 --processes 16 --json doctor.json
+
+Takes what stages/stage1.py or stage2.py would be given (stage 2 where there is an llm) and says of every check "ok",
+"warning" or "FAILED" with the fix. Exit code 2 if one failed. The run folder is left as it is.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from qformer.config import ConfigError, Stage1Config, Stage2Config, load_config
+from qformer.doctor.report import FAILED, OK, Finding, shown, write_json
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="+", help="YAML files and key=value overrides of a stage's config")
+    parser.add_argument("--processes", type=int, default=1, help="processes that the run will have (1)")
+    parser.add_argument("--sample", type=int, default=256, help="records that are read of each split (256)")
+    parser.add_argument("--quick", action="store_true", help="load no weights and make no step: seconds, not minutes")
+    parser.add_argument("--json", type=Path, help="write the findings to this file")
+    args = parser.parse_intermixed_args(argv)
+    if min(args.processes, args.sample) < 1:
+        parser.error("--processes and --sample must be at least 1")
+    quiet = logging.StreamHandler()
+    quiet.setLevel(logging.ERROR)  # what else is worth saying is in the findings
+    logging.basicConfig(handlers=[quiet], force=True)
+
+    try:
+        config = _config(args.config)
+    except ConfigError as error:
+        found: Iterable[Finding] = [Finding("config", FAILED, str(error))]
+    else:
+        # Only now what imports torch: a mistake in the config is told at once.
+        from qformer.doctor.examine import examine
+
+        found = examine(config, processes=args.processes, sample=args.sample, trial=not args.quick)
+    findings = list(shown(found, Console(width=None if sys.stdout.isatty() else 120)))
+    if args.json:
+        write_json(args.json, findings)
+    failed = sum(finding.status == FAILED for finding in findings)
+    warned = sum(finding.status not in (FAILED, OK) for finding in findings)
+    print(f"{len(findings)} checks: {failed} failed, {warned} warned" if failed or warned else "all is well")
+    if failed:
+        raise SystemExit(2)
+
+
+def _config(arguments: list[str]) -> Stage1Config | Stage2Config:
+    try:
+        return load_config(Stage1Config, arguments)
+    except ConfigError as error:
+        if not re.match(r"unknown key (llm|stage2)\b", str(error)):
+            raise
+    return load_config(Stage2Config, arguments)
+
+
+if __name__ == "__main__":
+    main()
