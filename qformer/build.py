@@ -23,6 +23,7 @@ from qformer.encoders import FrozenEncoder, PrecomputedFeatures, load_encoder
 from qformer.language import FrozenLanguageModel, load_language_model
 from qformer.models import Stage1Adapter, Stage1Model, Stage2Adapter, Stage2Model
 from qformer.qformer import QFormer
+from qformer.tuning import LLM_LORA, add_trainable, parts_beside, require_learnt_parts, require_tunable
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def build_language_model(config: LlmConfig) -> FrozenLanguageModel:
         trust_remote_code=config.trust_remote_code,
         random_weights=config.random_weights,
         activation=config.activation,
+        quantise=config.quantise,
     )
 
 
@@ -114,8 +116,10 @@ def build_stage1(config: Stage1Config, initialise: bool = True) -> Stage1Model:
     Args:
         initialise: False where trained tensors are put in right after.
 
-    Raises: ValueError when the adapter to continue from was trained with another encoder, or does not fit.
+    Raises: ValueError when the adapter to continue from was trained with another encoder, or does not fit; as
+        `require_tunable` and `add_trainable` do.
     """
+    require_tunable(config)
     init_from = Path(config.stage1.init_from) if initialise and config.stage1.init_from else None
     tensors = None
     if init_from:
@@ -136,20 +140,25 @@ def build_stage1(config: Stage1Config, initialise: bool = True) -> Stage1Model:
         config.stage1.itg,
         config.qformer.feature_norm_eps,
     )
+    model = Stage1Model(encoder, adapter, tokenizer, config.data.max_text_tokens, config.stage1.itc_batch_size)
+    add_trainable(model, config)
     if tensors is not None:
-        load_strictly(adapter, tensors, str(init_from))
+        require_learnt_parts(adapter, tensors, str(init_from))
+        load_strictly(adapter, {**parts_beside(adapter), **tensors}, str(init_from))
     elif initialise and config.qformer.init_from:
         from qformer.interop.bert import initialise_from_bert
 
         initialise_from_bert(adapter, config.qformer.init_from)
-    return Stage1Model(encoder, adapter, tokenizer, config.data.max_text_tokens)
+    return model
 
 
 def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2Model, Transfer | None]:
     """Stage 2's model, and the report of what stage 1's adapter (`stage2.init_from`) gave it.
 
-    Raises: ValueError when that adapter was trained with another encoder, or does not fit.
+    Raises: ValueError when that adapter was trained with another encoder, or does not fit; as `require_tunable` and
+        `add_trainable` do.
     """
+    require_tunable(config)
     init_from = Path(config.stage2.init_from) if initialise and config.stage2.init_from else None
     tensors = None
     if init_from:  # mistakes first: a language model takes long to load
@@ -162,7 +171,27 @@ def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2M
     qformer = build_qformer(config.qformer, encoder.width, None if tokenizer is None else len(tokenizer))
     adapter = Stage2Adapter(qformer, encoder.width, llm.width, config.qformer.feature_norm_eps)
     model = Stage2Model(encoder, adapter, llm, config.llm.prompt, config.llm.max_target_tokens, tokenizer)
-    return model, None if tensors is None else transfer(adapter, tensors, str(init_from))
+    add_trainable(model, config)
+    if tensors is None:
+        return model, None
+    assert init_from is not None
+    if require_learnt_parts(adapter, tensors, str(init_from)) & {LLM_LORA}:
+        require_same_parts(config, init_from, ("llm",))
+    fresh = {name: p.detach().clone() for name, p in qformer.named_parameters() if p.ndim > 1}
+    report = transfer(adapter, tensors, str(init_from))
+    soften(qformer, fresh, config.stage2.init_share)
+    return model, report
+
+
+@torch.no_grad()
+def soften(qformer: QFormer, fresh: dict[str, torch.Tensor], share: float) -> None:
+    """Keep a share of the trained matrices and fill up with those freshly drawn; norms and biases stay.
+
+    A small model that learnt fast has grown stiff: its weights are large, its attention sharp, and what comes next it learns
+    slower than a fresh one would. Source: Ash and Adams (arXiv 1910.08475), shrink and perturb.
+    """
+    for name, matrix in fresh.items():
+        qformer.get_parameter(name).lerp_(matrix, 1 - share)
 
 
 def build_dataset(
