@@ -34,6 +34,15 @@ def on_features(tiny: bool) -> Shapes:
             "max_text_tokens": 32}  # fmt: skip
 
 
+def on_cached(tiny: bool) -> Shapes:
+    """The same behind an encoder of CLIP's ViT-L/14 (toy: ViT-S/32), which a cache runs in one of ten epochs."""
+    sizes = {"encoder": "ViT-S-32", "tokens": 50, "encoder_width": 384} if tiny else {
+        "encoder": "ViT-L-14", "tokens": 257, "encoder_width": 1024}  # fmt: skip
+    vision = {"image_size": 224, "patch_size": 32, "num_hidden_layers": 12, "num_attention_heads": 6} if tiny else {
+        "image_size": 224, "patch_size": 14, "num_hidden_layers": 24, "num_attention_heads": 16}  # fmt: skip
+    return {**on_features(tiny), **sizes, "vision": vision, "batch": 10 if tiny else 20}
+
+
 def language_model(kind: str, tiny: bool) -> Shapes:
     """OPT-125m or T5-small."""
     return TOY_LLMS[kind] if tiny else {"opt": OPT_125M, "t5": T5_SMALL}[kind]

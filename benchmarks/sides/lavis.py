@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from sides.data import autocast, captions, features, prefixes
+from sides.data import autocast, captions, features, pixels, prefixes
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +21,9 @@ TEXT_LENGTH_OF_RETRIEVAL = 35  # compute_sim_matrix pads to it
 
 def build(folder: Path, task: dict[str, Any]) -> Any:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=0, world_size=1)  # it gathers always
-    return {"stage1": Stage1, "stage2": Stage2, "rerank": Rerank}[task["work"]](folder, task)
+    return {"stage1": Stage1, "stage1_cached": Stage1Encoded, "stage2": Stage2, "rerank": Rerank}[task["work"]](
+        folder, task
+    )
 
 
 def load_models() -> None:
@@ -132,6 +134,26 @@ class Stage1(Training):
             found = self.model(self.samples(2))
         self.model.train()
         return {"itc": float(found.loss_itc), "itm": float(found.loss_itm), "itg": float(found.loss_lm)}
+
+
+class Stage1Encoded(Stage1):
+    """A step that encodes its pictures with LAVIS's own CLIP ViT-L (random weights), as every epoch does."""
+
+    def __init__(self, folder: Path, task: dict[str, Any]) -> None:
+        super().__init__(folder, task)
+        from lavis.models.clip_vit import VisionTransformer
+
+        sizes = task["vision"]
+        self.encoder = VisionTransformer(
+            sizes["image_size"], sizes["patch_size"], task["encoder_width"], sizes["num_hidden_layers"],
+            sizes["num_attention_heads"], False,
+        ).eval()  # fmt: skip
+        self.pixels = pixels(task["batch"], sizes["image_size"])
+
+    def step(self, round: int) -> None:
+        with torch.no_grad():
+            self.features = self.encoder(self.pixels)
+        super().step(round)
 
 
 class Stage2(Training):

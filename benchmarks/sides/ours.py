@@ -1,5 +1,8 @@
 """This project's side of every benchmark."""
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,18 @@ from torch import Tensor
 from qformer.build import build_stage1, build_stage2
 from qformer.checkpoint import load_strictly
 from qformer.config import Stage1Config, Stage2Config, load_config
-from qformer.data import Batch
+from qformer.data import Batch, read_records
+from qformer.data.cache import FeatureCache
+from qformer.data.caching import CacheWriter
+from qformer.data.transforms import ImageTransform
+from qformer.encoders import load_encoder
 from qformer.inference import load
 from qformer.models import Output, Prepared, Stage1Model, Stage2Model
 from qformer.optim import build_optimizer
-from qformer.qformer import ImageMemory
 
 
 def build(folder: Path, task: dict[str, Any]) -> Any:
-    works = {"stage1": Stage1, "stage2": Stage2, "rerank": Rerank, "vqa": Vqa, "captioning": Captioning,
+    works = {"stage1": Stage1, "stage1_cached": Stage1Cached, "stage2": Stage2, "rerank": Rerank, "vqa": Vqa, "captioning": Captioning,
              "folder": Folder}  # fmt: skip
     return works[task["work"]](folder, task)
 
@@ -92,6 +98,38 @@ class Stage1(Training):
         return {name: float(found[name]) for name in ("itc", "itm", "itg")}
 
 
+class Stage1Cached(Stage1):
+    """A step of ten epochs that write the feature cache in the first: a tenth of the batch is encoded, all of it read."""
+
+    def __init__(self, folder: Path, task: dict[str, Any]) -> None:
+        super().__init__(folder, task)
+        self.folder, paths = folder, sorted((folder / "pictures").iterdir())
+        self.encoder = load_encoder("open_clip", task["encoder"], random_weights=True)
+        for name, some in (("all", paths), ("tenth", paths[: len(paths) // 10])):
+            rows = [{"image": str(path), "image_id": path.stem, "caption": "a"} for path in some]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.cache = FeatureCache(self.write("all"))
+        self.ids = [path.stem for path in paths]
+
+    def write(self, records: str) -> Path:
+        given = self.encoder.input_transform
+        transform = ImageTransform(given.size, given.mean, given.std, given.interpolation)
+        written = Path(tempfile.mkdtemp(dir=self.folder)) / "cache"
+        sources = [str(self.folder / f"{records}.jsonl")]
+        writer = CacheWriter(written, read_records(sources), sources, {}, transform, width=self.encoder.width,
+                             num_tokens=self.encoder.num_tokens)  # fmt: skip
+        writer.begin()
+        for _ in writer.write(self.encoder, "cpu", self.task["batch"], workers=0):
+            pass
+        writer.finish()
+        return written
+
+    def step(self, round: int) -> None:
+        shutil.rmtree(self.write("tenth").parent)
+        self.features = torch.stack([self.cache.read(image_id) for image_id in self.ids]).float()
+        super().step(round)
+
+
 class Stage2(Training):
     def __init__(self, folder: Path, task: dict[str, Any]) -> None:
         super().__init__(task, stage2_model(folder, task))
@@ -134,8 +172,8 @@ class Rerank:
             images = adapter.project_images(features(self.task, n, first), None)
             rows = []
             for i in range(n):
-                layers = [tuple(x[i : i + 1].expand(len(texts), -1, -1, -1) for x in layer) for layer in images.layers]
-                rows.append(adapter.match(ImageMemory(layers, None), text)[:, 1])
+                one = images.select(torch.tensor([i]))._replace(times=len(texts))
+                rows.append(adapter.match([one], *text)[:, 1])
         return torch.stack(rows)
 
 

@@ -42,9 +42,11 @@ class Prepared:
 def build(folder: Path, task: dict[str, Any]) -> Prepared:
     torch.manual_seed(0)
     kind = task["work"]
-    if kind in ("stage1", "rerank", "folder"):
+    if kind in ("stage1", "stage1_cached", "rerank", "folder"):
         write_bert_tokenizer(folder / "bert", task["vocab"])
-    if kind in ("stage1", "rerank"):
+    if kind == "stage1_cached":
+        write_pictures(folder / "pictures", task["batch"])
+    if kind in ("stage1", "stage1_cached", "rerank"):
         model = stage1_model(folder, task, weights=False)
         share(folder, model.adapter, "opt_proj")
     elif kind == "stage2":
