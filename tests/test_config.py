@@ -247,7 +247,9 @@ def test_a_kept_config_of_a_newer_version_names_the_key(tmp_path):
 # ---- the repository's own ----
 
 
-FRAGMENTS = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml"))
+FRAGMENTS = sorted(  # what is in accelerate/ is for `accelerate launch`
+    name for p in CONFIGS.rglob("*.yaml") if not (name := p.relative_to(CONFIGS).as_posix()).startswith("accelerate/")
+)
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)
