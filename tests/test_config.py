@@ -9,13 +9,13 @@ from qformer.config import (
     ConfigError,
     Stage1Config,
     Stage2Config,
-    describe_schema,
     from_dict,
     load_config,
     parse_arguments,
     read_config,
     to_yaml,
 )
+from qformer.config.loading import describe_schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NEEDED = [
