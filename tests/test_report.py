@@ -185,9 +185,11 @@ def test_ctrl_c_lets_the_part_save_and_says_how_to_go_on(tmp_path, capfd):
         os.kill(os.getpid(), signal.SIGINT)
 
     experiment = open_experiment(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Thread(target=press).start()
     with pytest.raises(SystemExit) as ended, experiment:
         experiment.run(python("training", code))
+    signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     assert saved.exists()
     told = capfd.readouterr().out
