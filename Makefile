@@ -23,7 +23,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	set -e; for row in stage1_step "stage2_step opt" "stage2_step t5" vqa captioning rerank embed_folder startup; do \
+	set -e; for row in stage1_step stage1_cached "stage2_step opt" "stage2_step t5" vqa captioning rerank embed_folder startup; do \
 		set -- $$row; $(BIN)/python benchmarks/$$1.py $$2 --json results/bench/$$1$$2.json; done
 
 # The stamp is newer than what it was installed from, so a second run installs nothing.

@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     parser.add_argument("--stage", type=int, nargs="+", choices=(1, 2), default=[1, 2])
     parser.add_argument("--table", action="store_true", help="print the model's predictions for GPUs instead")
-    parser.add_argument("--activation-bytes", type=float, nargs=2, default=(0.16e9, 0.12e9), metavar=("S1", "S2"),
+    parser.add_argument("--activation-bytes", type=float, nargs=2, default=(0.075e9, 0.12e9), metavar=("S1", "S2"),
                         help="of a record in stage 1 and 2, for --table")  # fmt: skip
     args = parser.parse_args(argv)
     if args.table:
