@@ -17,10 +17,17 @@ from PIL import Image
 from tiny import Tiny, run_stage, write_records
 
 from qformer import models
-from qformer.config import Stage1Config, load_config
+from qformer.config import LlmConfig, Stage1Config, load_config
 from qformer.doctor.checks import Case, check_device
 from qformer.doctor.trial import Step, Trial, _activations, _of_memory, _of_time
-from qformer.doctor.weights import FILES, find_weights, outline_encoder, parameter_bytes
+from qformer.doctor.weights import (
+    FILES,
+    find_weights,
+    outline_encoder,
+    outline_language_model,
+    parameter_bytes,
+    resident_bytes,
+)
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -393,3 +400,13 @@ def test_a_folder_that_lacks_a_shard(tmp_path):
     (tmp_path / "1.safetensors").write_bytes(b"1")
     with pytest.raises(ValueError, match=r"lacks 2\.safetensors \(1 of 2 files\)"):
         find_weights("llm.id", str(tmp_path))
+
+
+def test_a_quantised_language_model_is_counted_as_one(tiny):
+    llm = outline_language_model(LlmConfig(id=str(tiny.opt)))
+    inside = llm.model.model  # without the head
+    matrices = sum(m.weight.numel() for m in inside.modules() if isinstance(m, torch.nn.Linear))
+    whole = resident_bytes(llm, "no")
+    assert whole == parameter_bytes(llm)
+    assert whole - resident_bytes(llm, "8bit") == matrices * (4 - 1)
+    assert whole - resident_bytes(llm, "4bit") == pytest.approx(matrices * (4 - 0.5625), abs=20)

@@ -32,6 +32,7 @@ from qformer.doctor.weights import (
     outline_encoder,
     outline_language_model,
     parameter_bytes,
+    resident_bytes,
 )
 from qformer.encoders import FrozenEncoder
 from qformer.interop.frozen import empty_adapter
@@ -285,9 +286,14 @@ def check_static_memory(case: Case) -> Verdict:
     """What is there before any picture: frozen weights; trainable ones with gradient and two moments in float32."""
     assert case.encoder is not None
     assert case.adapter is not None
-    frozen = parameter_bytes(case.encoder) + (parameter_bytes(case.llm) if case.llm is not None else 0)
     copies = 4 if case.processes == 1 else 5  # across processes gradients are also held in buckets
-    case.static_bytes = frozen + copies * parameter_bytes(case.adapter)
+    frozen, learning = parameter_bytes(case.encoder), copies * parameter_bytes(case.adapter)
+    if case.config.tune.encoder == "full":
+        frozen, learning = 0, learning + copies * 4 * sum(p.numel() for p in case.encoder.parameters())
+    if case.llm is not None:
+        assert isinstance(case.config, Stage2Config)
+        frozen += resident_bytes(case.llm, case.config.llm.quantise)
+    case.static_bytes = frozen + learning
     text = (
         f"{size(frozen)} frozen, {size(case.static_bytes - frozen)} trainable with gradients and moments; "
         f"{size(case.free_bytes)} free"

@@ -47,6 +47,16 @@ def parameter_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
+def resident_bytes(llm: FrozenLanguageModel, quantise: str) -> int:
+    """What a language model takes: its matrices but the head in 8 bits, or in 4 with a scale for 64 numbers, if so asked."""
+    if quantise == "no":
+        return parameter_bytes(llm)
+    head = llm.model.get_output_embeddings()
+    linear = [m.weight for m in llm.modules() if isinstance(m, nn.Linear) and m is not head]
+    saved = 1.0 if quantise == "8bit" else 0.5 + 4 / 64
+    return parameter_bytes(llm) - sum(round(w.numel() * (w.element_size() - saved)) for w in linear)
+
+
 def encoder_weights(config: EncoderConfig) -> Weights | None:
     """The weights that `encoder.*` names; None where there are none to load.
 
