@@ -177,15 +177,17 @@ def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2M
     assert init_from is not None
     if require_learnt_parts(adapter, tensors, str(init_from)) & {LLM_LORA}:
         require_same_parts(config, init_from, ("llm",))
-    fresh = {name: p.detach().clone() for name, p in qformer.named_parameters() if p.ndim > 1}
+    share = config.stage2.init_share
+    mixed = qformer.named_parameters() if share < 1 else ()  # otherwise nothing is held twice
+    fresh = {name: p.detach().clone() for name, p in mixed if p.ndim > 1}
     report = transfer(adapter, tensors, str(init_from))
-    soften(qformer, fresh, config.stage2.init_share)
+    soften(qformer, fresh, share)
     return model, report
 
 
 @torch.no_grad()
 def soften(qformer: QFormer, fresh: dict[str, torch.Tensor], share: float) -> None:
-    """Keep a share of the trained matrices and fill up with those freshly drawn; norms and biases stay.
+    """Keep a share of the trained matrices and fill up with the freshly drawn ones named; norms and biases stay.
 
     A small model that learnt fast has grown stiff: its weights are large, its attention sharp, and what comes next it learns
     slower than a fresh one would. Source: Ash and Adams (arXiv 1910.08475), shrink and perturb.

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tiny import FEATURE_WIDTH, Tiny, run_stage, shake
+from tiny import FEATURE_WIDTH, Tiny, exit_codes, run_stage, shake
 
 from qformer import training
 from qformer.build import build_dataset, build_language_model, build_stage1, build_stage2
@@ -114,17 +114,7 @@ def run_ranks(act: Callable[..., None], ranks: int, folder: Path, *more: Any) ->
     context.set_forkserver_preload(["torch", "qformer.training", "qformer.build", "test_ranks"])
     port = free_port()
     processes = [context.Process(target=be_rank, args=(act, me, ranks, port, folder, *more)) for me in range(ranks)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 200
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-    alive = [process for process in processes if process.is_alive()]
-    for process in alive:
-        process.kill()
-        process.join()
-    assert not alive, "the ranks wait for each other"
-    return [process.exitcode for process in processes]
+    return exit_codes(processes)
 
 
 def said(folder: Path) -> str:

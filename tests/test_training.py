@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import Tiny, build_encoder, run_stage
+from tiny import Tiny, build_encoder, exit_codes, run_stage
 
 import qformer
 from qformer import contrast, models, training
@@ -321,17 +321,7 @@ def run_two_ranks(arguments: list[str], told_to_stop: int | None = None) -> None
     context.set_forkserver_preload(["torch", "qformer.training", "qformer.build"])
     port = free_port()
     processes = [context.Process(target=be_rank, args=(me, port, arguments, told_to_stop)) for me in range(2)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 200
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-    alive = [process for process in processes if process.is_alive()]
-    for process in alive:
-        process.kill()
-        process.join()
-    assert not alive, "the ranks wait for each other"
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert exit_codes(processes) == [0, 0]
 
 
 def test_two_processes_killed_and_resumed_are_the_same_run(tiny, tmp_path):

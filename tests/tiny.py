@@ -2,8 +2,10 @@
 
 import json
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -217,3 +219,18 @@ def run_stage(stage: int, arguments: list[str]) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main(arguments)
+
+
+def exit_codes(ranks: list[Any]) -> list[int | None]:
+    """Start processes that are ranks of one group and wait for them; one that hangs fails the test."""
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + 200
+    for process in ranks:
+        process.join(max(0, deadline - time.monotonic()))
+    alive = [process for process in ranks if process.is_alive()]
+    for process in alive:
+        process.kill()
+        process.join()
+    assert not alive, "the ranks wait for each other"
+    return [process.exitcode for process in ranks]
