@@ -51,3 +51,21 @@ def draw_negatives(similarities: Tensor) -> Tensor:
     """For each row another column, from the softmax of its similarities, as LAVIS draws it."""
     weights = similarities.softmax(1) + 1e-4
     return torch.multinomial(weights.fill_diagonal_(0), 1)[:, 0]
+
+
+class Reranking:
+    """Matching logits of every picture with every caption, a few pictures a turn; a side brings `score`."""
+
+    task: dict[str, Any]
+    texts: list[str]
+
+    def score(self, first: int, n: int, texts: list[str]) -> Tensor:
+        """float[n, C] of the pictures from `first` on."""
+        raise NotImplementedError
+
+    def check(self) -> dict[str, Any]:
+        return {"logits": self.score(0, 2, self.texts[:4]).flatten().tolist()}
+
+    def step(self, round: int) -> None:
+        n = self.task["pictures_a_turn"]
+        self.score(round * n % self.task["pictures"], n, self.texts)

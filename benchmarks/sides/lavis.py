@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from sides.data import autocast, captions, features, pixels, prefixes
+from sides.data import Reranking, autocast, captions, features, pixels, prefixes
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -192,7 +192,7 @@ class Stage2(Training):
         return found
 
 
-class Rerank:
+class Rerank(Reranking):
     """The loop over pictures of compute_sim_matrix, with all captions as candidates."""
 
     def __init__(self, folder: Path, task: dict[str, Any]) -> None:
@@ -201,13 +201,6 @@ class Rerank:
 
         self.task, self.texts = task, captions(task["captions"], task["words"])
         self.model = model_of(Blip2Qformer, folder, task, embed_dim=task["qformer"]["contrastive_width"]).eval()
-
-    def check(self) -> dict[str, Any]:
-        return {"logits": self.score(0, 2, self.texts[:4]).flatten().tolist()}
-
-    def step(self, round: int) -> None:
-        n = self.task["pictures_a_turn"]
-        self.score(round * n % self.task["pictures"], n, self.texts)
 
     @torch.no_grad()
     def score(self, first: int, n: int, texts: list[str]) -> Tensor:

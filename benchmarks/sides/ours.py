@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from sides.data import autocast, captions, features, pixels, prefixes, questions
+from sides.data import Reranking, autocast, captions, features, pixels, prefixes, questions
 from torch import Tensor
 
 from qformer.build import build_stage1, build_stage2
@@ -151,19 +151,10 @@ class Stage2(Training):
         return found
 
 
-class Rerank:
-    """Matching logits of every picture with every caption, a few pictures a turn."""
-
+class Rerank(Reranking):
     def __init__(self, folder: Path, task: dict[str, Any]) -> None:
         self.task, self.model = task, stage1_model(folder, task).eval()
         self.texts = captions(task["captions"], task["words"])
-
-    def check(self) -> dict[str, Any]:
-        return {"logits": self.score(0, 2, self.texts[:4]).flatten().tolist()}
-
-    def step(self, round: int) -> None:
-        n = self.task["pictures_a_turn"]
-        self.score(round * n % self.task["pictures"], n, self.texts)
 
     @torch.no_grad()
     def score(self, first: int, n: int, texts: list[str]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from sides.data import QUESTION, autocast, captions, draw_negatives, features, pixels, prefixes, questions
+from sides.data import QUESTION, Reranking, autocast, captions, draw_negatives, features, pixels, prefixes, questions
 from sides.prepare import blip2_config, llm_config
 from torch import Tensor, nn
 from transformers import (
@@ -176,18 +176,11 @@ def with_images(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([places, ids], 1), torch.cat([torch.ones_like(places), mask], 1)
 
 
-class Rerank:
+class Rerank(Reranking):
     def __init__(self, folder: Path, task: dict[str, Any]) -> None:
         self.task, self.texts = task, captions(task["captions"], task["words"])
         self.model = on_features(Blip2ForImageTextRetrieval, folder, task).to(task["device"]).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "bert")
-
-    def check(self) -> dict[str, Any]:
-        return {"logits": self.score(0, 2, self.texts[:4]).flatten().tolist()}
-
-    def step(self, round: int) -> None:
-        n = self.task["pictures_a_turn"]
-        self.score(round * n % self.task["pictures"], n, self.texts)
 
     @torch.no_grad()
     def score(self, first: int, n: int, texts: list[str]) -> Tensor:
