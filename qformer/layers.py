@@ -11,7 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 KeysValues = tuple[Tensor, Tensor]  # two of float[R, H, L, E]
-Looked = tuple[KeysValues, Tensor | None, int]  # images: keys and values, mask, and how many rows look at each
+
+
+class Absorbed(NamedTuple):
+    """Image features with one layer's projections to keys and values, which are never made: queries go to the features.
+
+    The same scores and sums as by keys and values, in another order of products: fewer of them where one row of queries
+    looks at many tokens. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2.
+    """
+
+    features: Tensor  # float[B, N, C], a one behind each that carries the biases
+    key: Tensor  # float[H, E, C]
+    value: Tensor  # float[H, E, C]
+
+
+class Looked(NamedTuple):
+    """Images that R rows look at: row r at image r % B, or where `image_of` is given at image_of[r % B']."""
+
+    keys: KeysValues | Absorbed
+    mask: Tensor | None  # bool[B, 1, 1, N]
+    times: int = 1  # rows of each image
+    image_of: Tensor | None = None  # int64[B']
 
 
 class Packing(NamedTuple):
@@ -78,44 +98,119 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return (x * scale).masked_fill(drop, 0)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """Scaled dot-product attention: float[R, H, T, E] over float[R, H, N, E], where bool `mask` is True; p of dropout.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, scale: float, index: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Attention softmax(scale * query @ key.T) @ value: float[R, H, T, E] over float[R, H, N, E] where bool `mask` is True.
 
     PyTorch's fused kernel, but plain matrix products on CPUs while learning: in bfloat16 the fused one's gradient is nine
     times slower, and with dropout it keeps copies of the keys and draws slowly.
+
+    Args:
+        p: probability of dropout.
+        index: int64[R], which of `key`, `value` and `mask` each row reads; None = its own.
     """
     if query.is_cpu and query.requires_grad and (p or query.dtype == torch.bfloat16):
-        return _PlainAttention.apply(query, key, value, mask, p)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=p)
+        return _PlainAttention.apply(query, key, value, mask, p, scale, index)
+    if index is not None:
+        key, value, mask = key[index], value[index], None if mask is None else mask[index]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=p, scale=scale)
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Attention by matrix products that keeps the probabilities and what was dropped, and nothing else of that size."""
+    """Attention by matrix products that keeps what was dropped, but makes the probabilities again for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, scale: float,  # type: ignore[override]
+                index: Tensor | None) -> Tensor:  # fmt: skip
         with torch.autocast("cpu", enabled=False):
-            ctx.scale = query.shape[-1] ** -0.5
-            query, key, value = (query * ctx.scale).contiguous(), key.contiguous(), value.contiguous()
-            scores = query @ key.transpose(2, 3)
-            if mask is not None:
-                scores.masked_fill_(~mask, -torch.inf)
-            shares = scores.softmax(3, dtype=torch.float32).to(query.dtype)
+            query, key, value = (query * scale).contiguous(), key.contiguous(), value.contiguous()
+            shares = _PlainAttention.shares(query, key, mask, index)
+            ctx.scale, ctx.index, ctx.mask = scale, index, mask
             ctx.drop, ctx.kept = draw_drops(shares.shape, p, shares.device) if p else (None, 1.0)
-            ctx.save_for_backward(query, key, value, shares)
-            return _PlainAttention.dropped(ctx, shares) @ value
+            ctx.save_for_backward(query, key, value)
+            return _dropped(ctx, shares) @ _rows(value, index)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        query, key, value, shares = ctx.saved_tensors
-        to_value = _PlainAttention.dropped(ctx, shares).transpose(2, 3) @ gradient
-        to_shares = _PlainAttention.dropped(ctx, gradient @ value.transpose(2, 3))
-        to_scores = torch._softmax_backward_data(to_shares.float(), shares.float(), 3, torch.float32).to(query.dtype)
-        return (to_scores @ key) * ctx.scale, to_scores.transpose(2, 3) @ query, to_value, None, None
+        query, key, value = ctx.saved_tensors
+        shares = _PlainAttention.shares(query, key, ctx.mask, ctx.index)
+
+        def gather(to_rows: Tensor) -> Tensor:
+            return to_rows if ctx.index is None else torch.zeros_like(key).index_add_(0, ctx.index, to_rows)
+
+        to_value = gather(_dropped(ctx, shares).transpose(2, 3) @ gradient)
+        to_shares = _dropped(ctx, gradient @ _rows(value, ctx.index).transpose(2, 3))
+        to_scores = _softmax_backward(to_shares, shares)
+        to_key = gather(to_scores.transpose(2, 3) @ query)
+        return (to_scores @ _rows(key, ctx.index)) * ctx.scale, to_key, to_value, None, None, None, None
 
     @staticmethod
-    def dropped(ctx: Any, shares: Tensor) -> Tensor:
-        return shares if ctx.drop is None else (shares * ctx.kept).masked_fill_(ctx.drop, 0)
+    def shares(query: Tensor, key: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
+        return _softmax(query @ _rows(key, index).transpose(2, 3), None if mask is None else _rows(mask, index))
+
+
+class _AbsorbedAttention(torch.autograd.Function):
+    """Attention of queries float[B, H, Q, E] to `Absorbed` images on CPUs; no gradient to the features.
+
+    What is as wide as the features is written head by head into one block, so that it is neither transposed nor copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, features: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float,  # type: ignore[override]
+                scale: float) -> Tensor:  # fmt: skip
+        with torch.autocast("cpu", enabled=False):
+            query, found = query * scale, torch.empty_like(query)
+            wide = features.new_empty(*query.shape[:3], features.shape[2])
+            for h in range(len(key)):
+                wide[:, h] = _times(query[:, h], key[h])
+            scores = (wide.flatten(1, 2) @ features.transpose(1, 2)).view(*query.shape[:3], -1)
+            shares = _softmax(scores, mask).flatten(1, 2)
+            ctx.scale = scale
+            ctx.drop, ctx.kept = draw_drops(shares.shape, p, shares.device) if p else (None, 1.0)
+            torch.bmm(_dropped(ctx, shares), features, out=wide.flatten(1, 2))
+            for h in range(len(key)):
+                found[:, h] = _times(wide[:, h], value[h].T)
+            ctx.save_for_backward(query, features, key, value, shares, wide)
+            return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        query, features, key, value, shares, read = ctx.saved_tensors
+        to_query, to_key, to_value, wide = (torch.empty_like(x) for x in (query, key, value, read))
+        for h in range(len(key)):
+            wide[:, h] = _times(gradient[:, h], value[h])
+            torch.mm(gradient[:, h].flatten(0, 1).T, read[:, h].flatten(0, 1), out=to_value[h])
+        to_shares = _dropped(ctx, wide.flatten(1, 2) @ features.transpose(1, 2))
+        torch.bmm(_softmax_backward(to_shares, shares), features, out=wide.flatten(1, 2))
+        for h in range(len(key)):
+            torch.mm(query[:, h].flatten(0, 1).T, wide[:, h].flatten(0, 1), out=to_key[h])
+            to_query[:, h] = _times(wide[:, h], key[h].T)
+        return to_query * ctx.scale, None, to_key, to_value, None, None, None
+
+
+def _rows(of: Tensor, index: Tensor | None) -> Tensor:
+    return of if index is None else of[index]
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """float[B, Q, C] @ float[C, C'] as one product."""
+    return (x.flatten(0, 1) @ matrix).unflatten(0, x.shape[:2])
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+
+
+def _softmax_backward(gradient: Tensor, shares: Tensor) -> Tensor:
+    found: Tensor = torch._softmax_backward_data(gradient.float(), shares.float(), -1, torch.float32)
+    return found.to(shares.dtype)
+
+
+def _dropped(ctx: Any, shares: Tensor) -> Tensor:
+    return shares if ctx.drop is None else (shares * ctx.kept).masked_fill_(ctx.drop, 0)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -154,13 +249,20 @@ class Attention(nn.Module):
         """
 
         def project(linear: nn.Linear) -> Tensor:
-            weight: Tensor = linear.weight
-            bias: Tensor = linear.bias
-            if norm is not None:
-                weight, bias = weight * norm.weight, F.linear(norm.bias, weight, bias)
+            weight, bias = _folded(linear, norm)
             return self.split(F.linear(memory, weight, bias)).contiguous()  # laid out as the products read them
 
         return project(self.key), project(self.value)
+
+    def absorb(self, features: Tensor, norm: nn.LayerNorm | None) -> Absorbed:
+        """`keys_values` for `Absorbed` features float[B, N, C]: at least one wider than the memory, by a one and zeros."""
+
+        def affine(linear: nn.Linear) -> Tensor:
+            weight, bias = _folded(linear, norm)
+            zeros = weight.new_zeros(len(weight), features.shape[2] - weight.shape[1] - 1)
+            return torch.cat([weight, bias[:, None], zeros], 1).to(features.dtype).unflatten(0, (self.heads, -1))
+
+        return Absorbed(features, affine(self.key), affine(self.value))
 
     def forward(self, hidden: Tensor, packing: Packing, mask: Tensor | None, before: KeysValues | None,
                 reads: Tensor | None) -> tuple[Tensor, KeysValues]:  # fmt: skip
@@ -177,17 +279,23 @@ class Attention(nn.Module):
             hidden = hidden[reads.flatten()]
         query = self.query(hidden)
         query = packing.pad(query) if reads is None else query.unflatten(0, reads.shape)
-        read = attend(self.split(query), *seen, mask, self._p).transpose(1, 2).flatten(2)
+        read = attend(self.split(query), *seen, mask, self._p, self._scale).transpose(1, 2).flatten(2)
         return self._add(hidden, packing.pack(read) if reads is None else read.flatten(0, 1)), (key, value)
 
     def look(self, hidden: Tensor, images: Sequence[Looked]) -> Tensor:
-        """Queries float[R, Q, D] attending to images: keys and values, mask, and how many rows look at each."""
+        """Queries float[R, Q, D] attending to images, group after group of the R rows."""
         query, read, first = self.split(self.query(hidden)), [], 0
-        for (key, value), mask, times in images:
-            rows = query[first : first + times * len(key)].unflatten(0, (times, len(key)))
-            first += times * len(key)
-            found = attend(rows.permute(1, 2, 0, 3, 4).flatten(2, 3), key, value, mask, self._p)
-            read.append(found.unflatten(2, (times, -1)).permute(2, 0, 3, 1, 4).flatten(3).flatten(0, 1))
+        for keys, mask, times, image_of in images:
+            n_images = len(keys[0]) if image_of is None else len(image_of)
+            rows = query[first : first + times * n_images]
+            first += len(rows)
+            if isinstance(keys, Absorbed):
+                found = _AbsorbedAttention.apply(rows, *keys, mask, self._p, self._scale)
+            else:
+                rows = rows.unflatten(0, (times, n_images)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+                found = attend(rows, *keys, mask, self._p, self._scale, image_of)
+            found = found.unflatten(2, (times, -1)).permute(2, 0, 3, 1, 4)  # [times, B, Q, H, E]
+            read.append(found.flatten(3).flatten(0, 1))
         return self._add(hidden, torch.cat(read))
 
     def split(self, x: Tensor) -> Tensor:
@@ -197,8 +305,20 @@ class Attention(nn.Module):
     def _p(self) -> float:
         return self.dropout if self.training else 0.0
 
+    @property
+    def _scale(self) -> float:
+        return float((self.query.out_features // self.heads) ** -0.5)
+
     def _add(self, hidden: Tensor, read: Tensor) -> Tensor:
         return self.norm(hidden + dropout(self.dense(read), self._p))
+
+
+def _folded(linear: nn.Linear, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of linear(norm(x)) for an x that lacks the norm's own weight and bias."""
+    if norm is None:
+        return linear.weight, linear.bias
+    weight = linear.weight * norm.weight
+    return weight, F.linear(norm.bias, linear.weight, linear.bias)
 
 
 class FeedForward(nn.Module):

@@ -304,7 +304,7 @@ class Stage2Adapter(nn.Module):
             rows: int64[R], the picture of each row, so that one under several prompts is projected once; None = 0 .. B-1.
         """
         assert (text is None) == (self.qformer.vocab_size is None), "an instructed Q-Former takes a text, others none"
-        images = self.qformer.project_images(features, image_mask, self.feature_norm)
+        images = self.qformer.project_images(features, image_mask, self.feature_norm, once=text is None or rows is None)
         if text is None:
             output = self.qformer.query_pass(images).output
             visual_prompt = self.language_projection(output)

@@ -23,21 +23,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qformer.layers import Attention, FeedForward, KeysValues, Looked, Packing, dropout
+from qformer.layers import Absorbed, Attention, FeedForward, KeysValues, Looked, Packing, dropout
 
 
 class ImageMemory(NamedTuple):
-    """Images as cross-attention sees them: keys and values of every layer that looks, projected once."""
+    """Images as cross-attention sees them: what every layer that looks reads of them, made once.
 
-    layers: list[KeysValues]
+    Row r looks at image r % B, or where `image_of` is given at image_of[r % B']; nothing is copied for it.
+    """
+
+    layers: list[KeysValues | Absorbed]
     mask: Tensor | None  # bool[B, 1, 1, N]
-    times: int = 1
-    """Rows that look at each image: row r looks at image r % B. Nothing is copied for it."""
+    times: int = 1  # rows that look at each image
+    image_of: Tensor | None = None  # int64[B']
+
+    @property
+    def rows(self) -> int:
+        """R, the rows that look."""
+        return self.times * len(self.layers[0][0] if self.image_of is None else self.image_of)
 
     def select(self, index: Tensor) -> "ImageMemory":
-        """The images at `index` int64[B'], in that order."""
-        mask = None if self.mask is None else self.mask[index]
-        return ImageMemory([(k[index], v[index]) for k, v in self.layers], mask)
+        """The images at `index` int64[R], in that order."""
+        return self._replace(image_of=index if self.image_of is None else self.image_of[index])
 
 
 class QueryPass(NamedTuple):
@@ -140,27 +147,45 @@ class QFormer(nn.Module):
                 block.query_ffn.load_state_dict(block.text_ffn.state_dict())
 
     def project_images(
-        self, image_features: Tensor, image_mask: Tensor | None = None, norm: nn.LayerNorm | None = None
-    ) -> ImageMemory:
+        self, image_features: Tensor, image_mask: Tensor | None = None, norm: nn.LayerNorm | None = None,
+        once: bool = False,
+    ) -> ImageMemory:  # fmt: skip
         """Project features float[B, N, Dv] (bool[B, N], True = real) to cross-attention keys and values, once.
 
         Args:
             norm: applied to the features first; None where they are normed already.
+            once: a single row looks at each image. Where that takes fewer products, the projections are `Absorbed`: while
+                learning, so that inference rounds as other implementations do, and on CPUs, since a GPU's fused kernels have
+                no heads as wide as the features.
         """
-        fold = None
-        if norm is not None:
-            image_features = image_features.to(norm.weight.dtype)
-            if torch.is_grad_enabled() and not image_features.requires_grad:
-                fold, image_features = norm, F.layer_norm(image_features, norm.normalized_shape, eps=norm.eps)
-            else:
-                image_features = norm(image_features)
         looking = [block.cross_attention for block in self.layers if block.cross_attention is not None]
         mask = None if image_mask is None else image_mask[:, None, None, :]
-        return ImageMemory([attention.keys_values(image_features, fold) for attention in looking], mask)
+        fixed = torch.is_grad_enabled() and not image_features.requires_grad
+        fold = norm if fixed else None
+        if norm is not None:
+            image_features = image_features.to(norm.weight.dtype)
+            if fixed:
+                image_features = F.layer_norm(image_features, norm.normalized_shape, eps=norm.eps)
+            else:
+                image_features = norm(image_features)
+        if not (once and fixed and image_features.is_cpu and self._looks_are_few(image_features)):
+            return ImageMemory([attention.keys_values(image_features, fold) for attention in looking], mask)
+        if torch.is_autocast_enabled("cpu"):
+            image_features = image_features.to(torch.get_autocast_dtype("cpu"))
+        zeros = -(image_features.shape[2] + 1) % 16  # a row length that products like
+        image_features = F.pad(F.pad(image_features, (0, 1), value=1.0), (0, zeros))
+        return ImageMemory([attention.absorb(image_features, fold) for attention in looking], mask)
+
+    def _looks_are_few(self, features: Tensor) -> bool:
+        """Whether projecting queries takes fewer products than projecting features float[B, N, Dv]."""
+        (_, tokens, features_width), queries = features.shape, self.query_tokens.shape[1]
+        heads = self.layers[0].attention.heads
+        projected = tokens * features_width * self.width + queries * self.width * tokens
+        return queries * features_width * (self.width + heads * tokens) < projected
 
     def query_pass(self, images: ImageMemory) -> QueryPass:
         """The queries look at the images and at each other: float[B, Q, D]."""
-        packing = Packing(len(images.layers[0][0]), self.query_tokens.shape[1], None)
+        packing = Packing(images.rows, self.query_tokens.shape[1], None)
         kept: list[KeysValues] = []
         output = self._run(self._embed_queries(packing), packing, None, [images], kept=kept)
         return QueryPass(packing.pad(output), kept)
@@ -244,7 +269,7 @@ class QFormer(nn.Module):
         for i, block in enumerate(self.layers):
             seen = []
             if images and block.cross_attention is not None:
-                seen = [(memory.layers[looked], memory.mask, memory.times) for memory in images]
+                seen = [Looked(m.layers[looked], m.mask, m.times, m.image_of) for m in images]
                 looked += 1
             last = i == len(self.blocks) - 1
             hidden, keys_values = block(

@@ -10,7 +10,7 @@ import sys
 from qformer.shapes.experiment import Experiment, score_of
 from qformer.shapes.recipe import Recipe, add_options
 
-OWNED = ("stage1", "opt", "answers", "results.json", "report.html")  # what a fresh start removes from --out
+OWNED = ("features", "stage1", "opt", "answers", "results.json", "report.html")  # what a fresh start removes from --out
 ROWS = ("blind", "told", "stage1_2")
 
 
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with experiment:
         experiment.run(recipe.pictures())
+        experiment.run(recipe.features(out))  # the encoder is frozen: once is enough
         experiment.run(recipe.stage1(out / "stage1"))  # which text belongs to which picture
         experiment.run(recipe.stage2(out / "opt", "opt", init_from=out / "stage1"))  # speak to the language model
         answers = {row: out / "answers" / f"opt_{row}.json" for row in ROWS}

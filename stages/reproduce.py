@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with experiment:
         experiment.run(recipe.pictures())
+        experiment.run(recipe.features(out))
         first = [[recipe.stage1(out / f"stage1_seed{s}", f"stage 1 seed {s}", s)] for s in seeds]
         experiment.run_side_by_side(first + [trained(llm, "stage2_only", s) for s in seeds for llm in LLMS])
         experiment.run_side_by_side([trained(llm, "stage1_2", s) for s in seeds for llm in LLMS])

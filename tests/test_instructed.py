@@ -81,9 +81,9 @@ def test_one_picture_under_several_questions_is_encoded_and_projected_once(tiny,
     questions = [SHORT, LONG, "what is it ?"]
     seen, project, generate, prompts = [], model.adapter.qformer.project_images, model.llm.generate, []
 
-    def count(features, mask, norm):
+    def count(features, mask, norm, once):
         seen.append(len(features))
-        return project(features, mask, norm)
+        return project(features, mask, norm, once)
 
     def keep(visual_prompt, *a, **k):
         prompts.append(visual_prompt)

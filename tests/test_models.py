@@ -106,7 +106,7 @@ def test_a_few_steps_on_one_batch_lower_the_loss(tiny, kind):
     model, samples = build(tiny, kind)
     model.train()
     batch = collate(samples[:6])
-    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=3e-4)
     losses = []
     for _ in range(15):
         output = run(model, batch)
@@ -153,7 +153,7 @@ def test_padding_of_features_never_changes_loss_or_gradient(tiny, kind):
         gradients.append({"loss": output.loss.detach(), **{n: p.grad for n, p in model.adapter.named_parameters()}})
     for name, value in gradients[0].items():
         differs = (gradients[1][name] - value).abs().max() / max(1.0, value.abs().max().item())
-        assert differs < 1e-4, name
+        assert differs < 5e-4, name  # more tokens may be read by another order of products
 
 
 def test_padding_of_captions_never_changes_a_text_embedding_or_a_match(tiny):

@@ -224,20 +224,50 @@ def test_a_folded_norm_gives_the_values_and_gradients_of_one_that_is_applied():
                                    qformer.project_images(norm(features)).layers[0][0])  # fmt: skip
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_queries_in_the_features_space_read_what_keys_and_values_give(training, with_norm):
+    qformer, norm = build(), torch.nn.LayerNorm(ENCODER_WIDTH)
+    shake(norm, by=0.2)
+    features, ids = draw()
+    qformer.train(training)
+    weight = torch.randn(B, Q, D)
+
+    def gradients(once: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        for module in (qformer, norm):
+            module.zero_grad()
+        images = qformer.project_images(features, IMAGE_MASK, norm if with_norm else None, once=once)
+        assert isinstance(images.layers[0], layers.Absorbed) == once
+        torch.manual_seed(0)  # of dropout: both draw the same
+        output = qformer.query_pass(images).output + qformer.matching_pass([images], ids, TEXT_MASK)
+        (output * weight).sum().backward()
+        named = [*qformer.named_parameters(), *norm.named_parameters()]
+        return output, {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    once, often = gradients(True), gradients(False)
+    torch.testing.assert_close(once[0], often[0], atol=1e-5, rtol=0)
+    assert once[1].keys() == often[1].keys()
+    for name, gradient in once[1].items():
+        torch.testing.assert_close(gradient, often[1][name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_plain_attention_is_the_fused_one_and_its_gradient_that_of_autograd(dtype, p, monkeypatch):
+@pytest.mark.parametrize("index", [None, [1, 1, 0]])
+def test_plain_attention_is_the_fused_one_and_its_gradient_that_of_autograd(dtype, p, index, monkeypatch):
     torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, n, 8).to(dtype).requires_grad_() for n in (5, 7, 7))
+    rows = 2 if index is None else len(index)
+    query, key, value = (torch.randn(r, 3, n, 8).to(dtype).requires_grad_() for r, n in ((rows, 5), (2, 7), (2, 7)))
     mask = torch.rand(2, 1, 5, 7) > 0.3
     mask[..., 0] = True
-    drop = torch.rand(2, 3, 5, 7) < p
+    drop = torch.rand(rows, 3, 5, 7) < p
     monkeypatch.setattr(layers, "draw_drops", lambda shape, p, device: (drop, 1 / (1 - p)))
-    found = layers._PlainAttention.apply(query, key, value, mask, p)
+    at = torch.arange(rows) if index is None else torch.tensor(index)
+    found = layers._PlainAttention.apply(query, key, value, mask, p, 8**-0.5, None if index is None else at)
     gradients = torch.autograd.grad(found.float().pow(2).sum(), (query, key, value))
     q, k, v = (x.detach().double().requires_grad_() for x in (query, key, value))
-    shares = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~mask, -torch.inf).softmax(3)
-    expected = shares.masked_fill(drop, 0) / (1 - p) @ v
+    shares = (q @ k[at].transpose(2, 3) / 8**0.5).masked_fill(~mask[at], -torch.inf).softmax(3)
+    expected = shares.masked_fill(drop, 0) / (1 - p) @ v[at]
     tolerance = 1e-5 if dtype == torch.float32 else 0.15
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
     for ours, theirs in zip(gradients, torch.autograd.grad(expected.pow(2).sum(), (q, k, v)), strict=True):

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from qformer.config import Stage1Config, Stage2Config, load_config
+from qformer.data.cache import INDEX
 from qformer.shapes.report import ROWS
 
 STAGE1, STAGE2 = "configs/shapes/stage1.yaml", "configs/shapes/stage2.yaml"
 DATA = Path("runs/shapes")  # where the configs look for the records
+FEATURES = "features"  # the cache of an experiment, beside its runs
 MODES = {"blind": "blind", "told": "told", "stage2_only": "picture", "stage1_2": "picture"}  # of stages/evaluate.py
 LAUNCHER = "accelerate.commands.launch"
 STAGE2_STEPS = {"t5": 1600}  # it is asked for less of a caption at a time; others take the config's own number
@@ -50,8 +52,14 @@ class Recipe:
         files = {self.data / f"{split}.jsonl": count for split, count in counts.items()}
         return Part("pictures", command, lambda: all(_count_lines(path) == count for path, count in files.items()))
 
+    def features(self, out: Path) -> Part:
+        """Encode every picture once, for all trainings in `out`."""
+        command = [sys.executable, "stages/cache_features.py", STAGE1, "run.dir=unused", *self._sources()]
+        index = out / FEATURES / INDEX  # written last
+        return Part("features", [*command, f"data.features={out / FEATURES}"], index.is_file)
+
     def stage1(self, run_dir: Path, name: str = "stage 1", seed: int | None = None) -> Part:
-        """Train stage 1 in `run_dir`."""
+        """Train stage 1 in `run_dir`, which lies beside the features."""
         return self._training(name, "stages/stage1.py", STAGE1, Stage1Config, run_dir, [], seed)
 
     def stage2(
@@ -73,12 +81,8 @@ class Recipe:
         self, name: str, script: str, file: str, root: Any, run_dir: Path, overrides: list[str], seed: int | None,
         steps: int | None = None,
     ) -> Part:  # fmt: skip
-        if self.data != DATA:
-            overrides = [
-                *(f"data.{s}={json.dumps([str(self.data / f'{s}.jsonl')])}" for s in ("train", "validation")),
-                *overrides,
-            ]
-        overrides = [f"run.dir={run_dir}", *overrides, *self._steps(root, file, steps)]
+        features = f"data.features={run_dir.parent / FEATURES}"
+        overrides = [f"run.dir={run_dir}", *self._sources(), features, *overrides, *self._steps(root, file, steps)]
         if seed is not None:
             overrides.append(f"train.seed={seed}")
         if (run_dir / "checkpoints").is_dir():
@@ -87,6 +91,11 @@ class Recipe:
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         adapter = run_dir / "adapter" / "adapter.safetensors"  # its folder is written whole, at the end
         return Part(name, [*launch, script, file, *overrides], adapter.is_file)
+
+    def _sources(self) -> list[str]:
+        if self.data == DATA:
+            return []
+        return [f"data.{s}={json.dumps([str(self.data / f'{s}.jsonl')])}" for s in ("train", "validation")]
 
     def _steps(self, root: Any, file: str, steps: int | None) -> list[str]:
         """Overrides for another number of steps than the config's own; `steps_scale` changes whatever counts steps."""
