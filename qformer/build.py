@@ -189,8 +189,8 @@ def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2M
 def soften(qformer: QFormer, fresh: dict[str, torch.Tensor], share: float) -> None:
     """Keep a share of the trained matrices and fill up with the freshly drawn ones named; norms and biases stay.
 
-    A small model that learnt fast has grown stiff: its weights are large, its attention sharp, and what comes next it learns
-    slower than a fresh one would. Source: Ash and Adams (arXiv 1910.08475), shrink and perturb.
+    What one task taught a small model in a few steps can make it learn the next one slower than a fresh model would.
+    Source: Ash and Adams (arXiv 1910.08475), shrink and perturb.
     """
     for name, matrix in fresh.items():
         qformer.get_parameter(name).lerp_(matrix, 1 - share)

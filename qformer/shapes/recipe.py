@@ -18,7 +18,7 @@ DATA = Path("runs/shapes")  # where the configs look for the records
 FEATURES = "features"  # the cache of an experiment, beside its runs
 MODES = {"blind": "blind", "told": "told", "stage2_only": "picture", "stage1_2": "picture"}  # of stages/evaluate.py
 LAUNCHER = "accelerate.commands.launch"
-STAGE2_STEPS = {"t5": 1600}  # it is asked for less of a caption at a time; others take the config's own number
+STAGE2_STEPS = {"t5": 2000}  # it is asked for less of a caption at a time; others take the config's own number
 
 
 @dataclass(frozen=True)
