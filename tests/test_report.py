@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -195,6 +196,23 @@ def test_ctrl_c_lets_the_part_save_and_says_how_to_go_on(tmp_path, capfd):
     told = capfd.readouterr().out
     assert "stopped; go on with: " in told
     assert "again --resume" in told
+
+
+def test_ctrl_c_while_a_part_is_being_started_stops_that_part(tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def press(*args, **more):
+        started.append(popen(*args, **more))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    with pytest.raises(SystemExit) as ended, open_experiment(tmp_path) as experiment:
+        experiment.run(python("training", "import time; time.sleep(60)"))
+    signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert started[0].returncode == -signal.SIGTERM
 
 
 def test_a_fresh_start_removes_only_what_it_made(tmp_path, capfd):

@@ -62,7 +62,7 @@ class Experiment:
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self._recipe = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(recipe).items()}
         self._running: list[subprocess.Popen[bytes]] = []
-        self._lock, self._stopping = threading.Lock(), False
+        self._lock, self._starting, self._stopping = threading.Lock(), False, False
         self._seconds_before = 0.0
         if resume:
             self._take_up()
@@ -74,9 +74,16 @@ class Experiment:
 
     def __enter__(self) -> "Experiment":
         # A closed terminal and a polite kill end it as Ctrl-C does: no part goes on training alone.
-        signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if name in dir(signal)]
-        self._handlers = {s: signal.signal(s, signal.default_int_handler) for s in signals}
+        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in dir(signal)]
+        heard = [s for s in signals if s == signal.SIGTERM or signal.getsignal(s) != signal.SIG_IGN]
+        self._handlers = {s: signal.signal(s, self._interrupt) for s in heard}
         return self
+
+    def _interrupt(self, *_: Any) -> None:
+        """Ctrl-C; while a process is being started it waits until we know that process, and can stop it."""
+        self._stopping = True
+        if not self._starting:
+            raise KeyboardInterrupt
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error:
@@ -194,11 +201,15 @@ class Experiment:
                     raise KeyboardInterrupt
                 # In a session of its own, so that Ctrl-C reaches only us: accelerate's launcher would die of it at once
                 # and leave the stage behind, still saving.
+                self._starting = True
                 process = subprocess.Popen(
                     command, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                     stderr=subprocess.STDOUT if output else None, start_new_session=True,
                 )  # fmt: skip
                 self._running.append(process)
+                self._starting = False
+            if self._stopping:
+                raise KeyboardInterrupt
             code = process.wait()
             with self._lock:
                 self._running.remove(process)
