@@ -213,19 +213,21 @@ def _dropped(ctx: Any, shares: Tensor) -> Tensor:
     return shares if ctx.drop is None else (shares * ctx.kept).masked_fill_(ctx.drop, 0)
 
 
-class _GeluLinear(torch.autograd.Function):
-    """linear(gelu(x)) of float[P, F] that keeps x alone: gelu is cheap to do again, and its output as large as x."""
+class _FeedForward(torch.autograd.Function):
+    """down(gelu(up(x))) of float[P, D] that keeps x alone: what lies between is four times as large, and made again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+    def forward(ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, up, up_bias, down)
+        return F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        to_x = torch.ops.aten.gelu_backward(gradient @ weight, x)
-        return to_x, gradient.T @ F.gelu(x), gradient.sum(0)
+        x, up, up_bias, down = ctx.saved_tensors
+        between = F.linear(x, up, up_bias)
+        to_down = gradient.T @ F.gelu(between)
+        to_between = torch.ops.aten.gelu_backward(gradient @ down, between)
+        return to_between @ up, to_between.T @ x, to_between.sum(0), to_down, gradient.sum(0)
 
 
 class Attention(nn.Module):
@@ -332,6 +334,8 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        up = self.up(hidden)
-        changed = _GeluLinear.apply(up, self.down.weight.to(up.dtype), self.down.bias.to(up.dtype))
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.up.weight.dtype
+        tensors = (hidden, self.up.weight, self.up.bias, self.down.weight, self.down.bias)
+        changed = _FeedForward.apply(*(tensor.to(dtype) for tensor in tensors))
         return self.norm(hidden + dropout(changed, self.dropout if self.training else 0.0))

@@ -25,7 +25,6 @@ from qformer.config import Stage1Config, Stage2Config, to_yaml
 from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed, training_loader
 from qformer.distributed import lost_rank, shard_blocks, shards_frozen, sum_over_ranks, take_over_sharding
 from qformer.log import ChanceWatch, MetricWindow, RunLog, describe_losses, gradient_norms, memory_bytes
-from qformer.memory import return_freed_memory
 from qformer.models import Output, Prepared, Stage1Model, Stage2Model
 from qformer.objectives import ITM_CHANCE
 from qformer.optim import build_optimizer, lr_at
@@ -85,7 +84,6 @@ def start_accelerator(config: Config) -> Accelerator:
     cpu = config.train.cpu or not torch.accelerator.is_available()
     if cpu and config.train.mixed_precision == "fp16":
         raise ValueError("train.mixed_precision=fp16 needs a GPU; use bf16 or no on a CPU")
-    return_freed_memory()
     take_over_sharding()
     accelerator = Accelerator(
         cpu=cpu,

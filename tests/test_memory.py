@@ -1,9 +1,7 @@
-"""Freed memory is given back; the memory benchmark runs at toy size, and its figures are of the right kind."""
+"""The memory benchmark runs at toy size, and its figures are of the right kind; no figure is judged."""
 
 import importlib
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,25 +18,6 @@ def memory(monkeypatch):
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(BENCHMARKS)):
             del sys.modules[name]
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is another")
-@pytest.mark.parametrize("returned", [True, False])
-def test_large_blocks_go_back_to_the_system_when_they_are_freed(returned):
-    code = f"""
-import psutil
-from qformer.memory import return_freed_memory
-if {returned}: return_freed_memory()
-held = psutil.Process().memory_info
-first = b"x" * (8 << 20)
-del first  # by itself glibc has learnt now that such blocks come again
-before = held().rss
-blocks = [b"x" * (8 << 20) for _ in range(20)]
-last = b"y" * (8 << 20)
-del blocks
-print((held().rss - before) >> 20)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (int(done.stdout) < 30) is returned, done.stdout
 
 
 def test_what_fits_a_card_is_computed(memory, tmp_path, monkeypatch):

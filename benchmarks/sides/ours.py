@@ -20,7 +20,6 @@ from qformer.data.caching import CacheWriter
 from qformer.data.transforms import ImageTransform
 from qformer.encoders import load_encoder
 from qformer.inference import load
-from qformer.memory import return_freed_memory
 from qformer.models import Output, Prepared, Stage1Model, Stage2Model
 from qformer.optim import build_optimizer
 
@@ -61,7 +60,6 @@ class Training:
     """A step: forward, backward, optimizer."""
 
     def __init__(self, task: dict[str, Any], model: Any) -> None:
-        return_freed_memory()  # as the stages do
         self.task, self.model = task, model
         self.features, self.texts = features(task, task["batch"]), captions(task["batch"], task["words"])
         self.optimizer = build_optimizer(model.adapter, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.05, eps=1e-8)
