@@ -214,20 +214,23 @@ def _dropped(ctx: Any, shares: Tensor) -> Tensor:
 
 
 class _FeedForward(torch.autograd.Function):
-    """down(gelu(up(x))) of float[P, D] that keeps x alone: what lies between is four times as large, and made again."""
+    """down(gelu(up(x))) of float[P, D]; `lean` keeps x alone: what lies between is four times as large, and made again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, up, up_bias, down)
-        return F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias)
+    def forward(
+        ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, lean: bool
+    ) -> Tensor:  # type: ignore[override]
+        between = F.linear(x, up, up_bias)
+        ctx.save_for_backward(x, up, up_bias, down, None if lean else between)
+        return F.linear(F.gelu(between), down, down_bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        x, up, up_bias, down = ctx.saved_tensors
-        between = F.linear(x, up, up_bias)
+        x, up, up_bias, down, between = ctx.saved_tensors
+        between = F.linear(x, up, up_bias) if between is None else between
         to_down = gradient.T @ F.gelu(between)
         to_between = torch.ops.aten.gelu_backward(gradient @ down, between)
-        return to_between @ up, to_between.T @ x, to_between.sum(0), to_down, gradient.sum(0)
+        return to_between @ up, to_between.T @ x, to_between.sum(0), to_down, gradient.sum(0), None
 
 
 class Attention(nn.Module):
@@ -324,11 +327,11 @@ def _folded(linear: nn.Linear, norm: nn.LayerNorm | None) -> tuple[Tensor, Tenso
 
 
 class FeedForward(nn.Module):
-    """BERT's feed-forward network with exact GELU and post-norm, of float[P, D]."""
+    """BERT's feed-forward network with exact GELU and post-norm, of float[P, D]; `lean` spares memory for some time."""
 
-    def __init__(self, width: int, ffn_width: int, dropout: float) -> None:
+    def __init__(self, width: int, ffn_width: int, dropout: float, lean: bool) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.lean = dropout, lean
         self.up = nn.Linear(width, ffn_width)
         self.down = nn.Linear(ffn_width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
@@ -337,5 +340,5 @@ class FeedForward(nn.Module):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.up.weight.dtype
         tensors = (hidden, self.up.weight, self.up.bias, self.down.weight, self.down.bias)
-        changed = _FeedForward.apply(*(tensor.to(dtype) for tensor in tensors))
+        changed = _FeedForward.apply(*(tensor.to(dtype) for tensor in tensors), self.lean)
         return self.norm(hidden + dropout(changed, self.dropout if self.training else 0.0))

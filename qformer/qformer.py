@@ -63,8 +63,9 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(width, width, heads, dropout)
         self.cross_attention = None if encoder_width is None else Attention(width, encoder_width, heads, dropout)
-        self.query_ffn = FeedForward(width, ffn_width, dropout)
-        self.text_ffn = FeedForward(width, ffn_width, dropout) if has_text else None
+        lean = has_text  # stage 1 keeps three passes for their gradient, stage 2 a small one
+        self.query_ffn = FeedForward(width, ffn_width, dropout, lean)
+        self.text_ffn = FeedForward(width, ffn_width, dropout, lean) if has_text else None
 
     def forward(
         self, hidden: Tensor, packing: Packing, mask: Tensor | None,

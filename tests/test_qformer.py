@@ -274,6 +274,15 @@ def test_plain_attention_is_the_fused_one_and_its_gradient_that_of_autograd(dtyp
         torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_feed_forward_network_has_the_gradient_of_autograd(lean):
+    torch.manual_seed(0)
+    ffn, x = layers.FeedForward(8, 24, 0.0, lean).double(), torch.randn(5, 8, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *_: ffn(x), (x, *ffn.parameters()))
+    expected = ffn.norm(x + ffn.down(torch.nn.functional.gelu(ffn.up(x))))
+    torch.testing.assert_close(ffn(x), expected)
+
+
 def test_dropout_drops_its_share_keeps_the_mean_and_follows_the_seed():
     x = torch.ones(1000, 333)
     torch.manual_seed(0)
