@@ -60,6 +60,8 @@ def reported_errors() -> Iterator[None]:
     """
     try:
         yield
+        if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
+            torch.distributed.destroy_process_group()
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("QFORMER_TRACEBACK"):
             raise
