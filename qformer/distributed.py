@@ -201,3 +201,9 @@ def block_stacks(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]
             yield module, blocks
         else:
             yield from block_stacks(child)
+
+
+def leave_group() -> None:
+    """End the process group, where there still is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -5,6 +5,7 @@ learning rate is a function of the step, accumulation is an explicit inner loop,
 (seed, step, rank), so that a resumed run and an uninterrupted one are the same run.
 """
 
+import atexit
 import contextlib
 import datetime
 import logging
@@ -23,7 +24,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from qformer.checkpoint import changed_keys, load_checkpoint, require_same_parts, save_adapter, save_checkpoint
 from qformer.config import Stage1Config, Stage2Config, to_yaml
 from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed, training_loader
-from qformer.distributed import lost_rank, shard_blocks, shards_frozen, sum_over_ranks, take_over_sharding
+from qformer.distributed import leave_group, lost_rank, shard_blocks, shards_frozen, sum_over_ranks, take_over_sharding
 from qformer.log import ChanceWatch, MetricWindow, RunLog, describe_losses, gradient_norms, memory_bytes
 from qformer.models import Output, Prepared, Stage1Model, Stage2Model
 from qformer.objectives import ITM_CHANCE
@@ -61,7 +62,7 @@ def reported_errors() -> Iterator[None]:
     try:
         yield
         if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
-            torch.distributed.destroy_process_group()
+            atexit.register(leave_group)
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("QFORMER_TRACEBACK"):
             raise
