@@ -112,8 +112,7 @@ def attend(
     """
     if query.is_cpu and query.requires_grad and (p or query.dtype == torch.bfloat16):
         return _PlainAttention.apply(query, key, value, mask, p, scale, index)
-    if index is not None:
-        key, value, mask = key[index], value[index], None if mask is None else mask[index]
+    key, value, mask = _rows(key, index), _rows(value, index), None if mask is None else _rows(mask, index)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=p, scale=scale)
 
 

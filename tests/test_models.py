@@ -134,7 +134,7 @@ def test_a_batch_of_one_has_a_finite_loss(tiny, kind, inputs):
 @each_kind
 def test_padding_of_features_never_changes_loss_or_gradient(tiny, kind):
     model, samples = build(tiny, kind, "features")
-    model.eval()
+    model.double().eval()  # more tokens are read by another order of products
     batch = collate(samples[:5])
     assert batch.image_mask is not None
     assert len(set(batch.image_mask.sum(1).tolist())) > 1
@@ -153,7 +153,7 @@ def test_padding_of_features_never_changes_loss_or_gradient(tiny, kind):
         gradients.append({"loss": output.loss.detach(), **{n: p.grad for n, p in model.adapter.named_parameters()}})
     for name, value in gradients[0].items():
         differs = (gradients[1][name] - value).abs().max() / max(1.0, value.abs().max().item())
-        assert differs < 5e-4, name  # more tokens may be read by another order of products
+        assert differs < 1e-6, name
 
 
 def test_padding_of_captions_never_changes_a_text_embedding_or_a_match(tiny):
