@@ -172,6 +172,12 @@ def test_all_values_out_of_range_are_named_at_once():
     assert "qformer.width" in message
 
 
+def test_no_is_a_choice_and_not_false(tmp_path):  # YAML reads a bare `no` as false
+    (tmp_path / "a.yaml").write_text("train: {mixed_precision: no}")
+    for argument in ("train.mixed_precision=no", "train.mixed_precision=off", str(tmp_path / "a.yaml")):
+        assert load_config(Stage1Config, [*NEEDED, argument]).train.mixed_precision == "no"
+
+
 # ---- the command line ----
 
 

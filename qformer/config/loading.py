@@ -166,6 +166,8 @@ def _check(config: Stage1Config | Stage2Config) -> None:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         choices = _field(type(config), key).metadata["choices"]
+        if value == "False" and "no" in choices:  # YAML reads a bare `no` as false
+            setattr(getattr(config, section), name, value := "no")
         if choices and value not in choices:
             problems.append(f"{key}: {value!r} is not one of {', '.join(choices)}")
     train, qformer = config.train, config.qformer
