@@ -5,26 +5,22 @@ learning rate is a function of the step, accumulation is an explicit inner loop,
 (seed, step, rank), so that a resumed run and an uninterrupted one are the same run.
 """
 
-import atexit
 import contextlib
-import datetime
 import logging
 import math
-import os
-import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 
 from qformer.checkpoint import changed_keys, load_checkpoint, require_same_parts, save_adapter, save_checkpoint
 from qformer.config import Stage1Config, Stage2Config, to_yaml
 from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed, training_loader
-from qformer.distributed import leave_group, lost_rank, shard_blocks, shards_frozen, sum_over_ranks, take_over_sharding
+from qformer.distributed import shard_blocks, shards_frozen, sum_over_ranks
+from qformer.launch import stop_signals
 from qformer.log import ChanceWatch, MetricWindow, RunLog, describe_losses, gradient_norms, memory_bytes
 from qformer.models import Output, Prepared, Stage1Model, Stage2Model
 from qformer.objectives import ITM_CHANCE
@@ -37,71 +33,8 @@ Model = Stage1Model | Stage2Model
 Config = Stage1Config | Stage2Config
 
 
-SAME_SIGNAL_S = 3.0
-
-
 class NonFiniteLoss(FloatingPointError):
     """A loss or gradient that is not a number; the update was not made."""
-
-
-def configure_logging(is_main_process: bool) -> None:
-    """What a stage prints: our own messages on the main process, only warnings of the others and of libraries."""
-    from rich.logging import RichHandler
-
-    handler = RichHandler(show_path=False, log_time_format="%H:%M:%S", markup=False)
-    logging.basicConfig(format="%(message)s", handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("qformer").setLevel(logging.INFO if is_main_process else logging.WARNING)
-
-
-@contextlib.contextmanager
-def reported_errors() -> Iterator[None]:
-    """A mistake that a user can mend ends a stage with one line on standard error and exit code 2.
-
-    With QFORMER_TRACEBACK=1 in the environment it ends with the whole traceback.
-    """
-    try:
-        yield
-        if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
-            atexit.register(leave_group)
-    except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("QFORMER_TRACEBACK"):
-            raise
-        said = str(error)
-        if "Original Traceback" in said:  # raised in a worker: its traceback is the message, the cause its last line
-            said = said.rstrip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {said}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RuntimeError as error:
-        reason = lost_rank(error)
-        if reason is None or os.environ.get("QFORMER_TRACEBACK"):
-            raise
-        print(f"error: {reason}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def start_accelerator(config: Config) -> Accelerator:
-    """The Accelerator of this run: device, precision, trackers; the CPU where there is no accelerator.
-
-    Raises: ValueError when several processes were launched but each would train alone, or the precision does not fit.
-    """
-    cpu = config.train.cpu or not torch.accelerator.is_available()
-    if cpu and config.train.mixed_precision == "fp16":
-        raise ValueError("train.mixed_precision=fp16 needs a GPU; use bf16 or no on a CPU")
-    take_over_sharding()
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=config.train.mixed_precision,
-        log_with=config.run.trackers or None,
-        project_dir=config.run.dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.train.timeout_s))],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched but this one sees {accelerator.num_processes}: each would "
-            "train a lone copy. On CPUs launch with: accelerate launch --multi_gpu --num_processes 2 ... train.cpu=true"
-        )
-    return accelerator
 
 
 def fit(
@@ -123,30 +56,13 @@ def _train(
     model: Model, train: RecordDataset, validation: RecordDataset | None, config: Config, accelerator: Accelerator,
     resume_from: Path | None,
 ) -> bool:  # fmt: skip
-    options, run_dir = config.train, Path(config.run.dir)
+    options, o, run_dir = config.train, config.optim, Path(config.run.dir)
     micro, world = options.micro_batch_size, accelerator.num_processes
     accumulation = _accumulation(options.global_batch_size, micro, world)
     adapter = model.adapter
     _place(model, accelerator)
-    o = config.optim
     optimizer = build_optimizer(adapter, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay, eps=1e-8)
-    state: dict[str, Any] = {"step": 0, "samples": 0, "dropped": 0, "window": {}}
-    if resume_from:
-        require_same_parts(
-            config, resume_from, ("encoder", "llm") if isinstance(config, Stage2Config) else ("encoder",)
-        )
-        state = load_checkpoint(resume_from, adapter, optimizer)
-        state = {"samples": state["step"] * options.global_batch_size, "records": train.sizes, **state}
-        if state["step"] > options.max_steps:
-            raise ValueError(
-                f"{resume_from} is past train.max_steps={options.max_steps}; raise it, or take another run.dir"
-            )
-        logger.info("resumed from %s at step %d of %d", resume_from, state["step"], options.max_steps)
-        changed = changed_keys(config, resume_from)
-        if train.sizes != state["records"]:
-            changed.append(f"records of data.train: {train.sizes}, were {state['records']}")
-        if changed:
-            logger.warning("this is another run from here on, its config has changed: %s", "; ".join(changed))
+    state = _restore(resume_from, adapter, optimizer, train, config)
     model.adapter, stepper = accelerator.prepare(adapter, optimizer)
     if accelerator.scaler and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -189,7 +105,7 @@ def _train(
     window, stopping, too_many, step_s = MetricWindow(state["window"]), 0.0, "", 0.0
     unvalidated, dropped_before = bool(state.get("unvalidated")), state["dropped"]
     model.train()
-    with log, _stop_signals() as stop, log.progress(options.max_steps, first_step, options.log_every_steps) as progress:
+    with log, stop_signals() as stop, log.progress(options.max_steps, first_step, options.log_every_steps) as progress:
         if unvalidated and not (unvalidated := not look()):
             save()
         stopping = float(unvalidated)
@@ -197,11 +113,9 @@ def _train(
             torch.manual_seed(derive_seed(options.seed, step, accelerator.process_index))
             lr = _set_learning_rate(optimizer, step, config)
             start = time.perf_counter()
+            given = (next(loader).to(accelerator.device, non_blocking=True) for _ in range(accumulation))
             prepared = [
-                model.prepare(
-                    next(loader).to(accelerator.device, non_blocking=True), derive_seed(options.seed, step, "noise", i)
-                )
-                for i in range(accumulation)
+                model.prepare(batch, derive_seed(options.seed, step, "noise", i)) for i, batch in enumerate(given)
             ]
             window.waited_s += time.perf_counter() - start
             metrics, norm = _forward_backward(model, prepared, accelerator, o.clip_norm)
@@ -256,12 +170,41 @@ def _train(
     if step < options.max_steps or unvalidated:
         logger.warning("stopped at step %d of %d and saved; go on with train.resume=auto", step, options.max_steps)
         return False
-    card = model_card(config, step, state["dropped"])
-    save_or_go_on(lambda: save_adapter(run_dir / "adapter", adapter, config_yaml, card), run_dir, step, must=True)
-    if state["dropped"] and accelerator.is_main_process:
-        share = state["dropped"] / (state["dropped"] + step * options.global_batch_size)
-        logger.warning("%d broken records were met and replaced by others, %.2g %%", state["dropped"], 100 * share)
+    _leave_adapter(run_dir, adapter, config, step, state["dropped"], accelerator.is_main_process)
     return True
+
+
+def _restore(
+    resume_from: Path | None, adapter: torch.nn.Module, optimizer: torch.optim.Optimizer, train: RecordDataset,
+    config: Config,
+) -> dict[str, Any]:  # fmt: skip
+    """What the loop goes on from; a config that has changed since is told."""
+    if resume_from is None:
+        return {"step": 0, "samples": 0, "dropped": 0, "window": {}}
+    parts = ("encoder", "llm") if isinstance(config, Stage2Config) else ("encoder",)
+    require_same_parts(config, resume_from, parts)
+    state = load_checkpoint(resume_from, adapter, optimizer)
+    state = {"samples": state["step"] * config.train.global_batch_size, "records": train.sizes, **state}
+    step, max_steps = state["step"], config.train.max_steps
+    if step > max_steps:
+        raise ValueError(f"{resume_from} is past train.max_steps={max_steps}; raise it, or take another run.dir")
+    logger.info("resumed from %s at step %d of %d", resume_from, step, max_steps)
+    changed = changed_keys(config, resume_from)
+    if train.sizes != state["records"]:
+        changed.append(f"records of data.train: {train.sizes}, were {state['records']}")
+    if changed:
+        logger.warning("this is another run from here on, its config has changed: %s", "; ".join(changed))
+    return state
+
+
+def _leave_adapter(
+    run_dir: Path, adapter: torch.nn.Module, config: Config, step: int, dropped: int, is_main: bool
+) -> None:
+    card = model_card(config, step, dropped)
+    save_or_go_on(lambda: save_adapter(run_dir / "adapter", adapter, to_yaml(config), card), run_dir, step, must=True)
+    if dropped and is_main:
+        share = dropped / (dropped + step * config.train.global_batch_size)
+        logger.warning("%d broken records were met and replaced by others, %.2g %%", dropped, 100 * share)
 
 
 def _too_many_dropped(dropped: int, read: int, records: int, config: Config) -> str:
@@ -347,32 +290,6 @@ def model_card(config: Config, step: int, dropped: int) -> str:
         f"- data: {', '.join(f'`{s}`' for s in config.data.train)}\n\n"
         '```python\nimport qformer\nmodel = qformer.load("path/to/this/folder")\n```\n'
     )
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[float]]:
-    """Collect when SIGINT and SIGTERM came instead of dying; Ctrl-C again, seconds later, dies as usual.
-
-    Both come twice where a launcher passes on what its processes were sent themselves, as by SLURM or a terminal.
-    """
-    received: list[float] = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(time.monotonic())
-        if len(received) == 1:
-            logger.warning("%s: finishing this step, then saving; Ctrl-C quits at once", signal.Signals(number).name)
-        elif number == signal.SIGINT and received[-1] - received[0] > SAME_SIGNAL_S:
-            raise KeyboardInterrupt
-
-    try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller's own business
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _accumulation(global_batch: int, micro: int, world: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qformer.inference import load
-from qformer.training import reported_errors
+from qformer.launch import reported_errors
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     config = _config(args.config)
     # Only now what imports torch: a mistake in the config is told at once.
     from qformer.build import build_cache_writer
-    from qformer.training import configure_logging, reported_errors, start_accelerator
+    from qformer.launch import configure_logging, reported_errors, start_accelerator
 
     with reported_errors():
         accelerator = start_accelerator(config)

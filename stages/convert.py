@@ -21,7 +21,7 @@ from qformer.checkpoint import save_adapter, written_whole
 from qformer.config import Stage1Config, Stage2Config, load_config, to_yaml
 from qformer.interop.frozen import filled_adapter
 from qformer.interop.keys import Imported
-from qformer.training import reported_errors
+from qformer.launch import reported_errors
 
 
 def main(argv: list[str] | None = None) -> None:

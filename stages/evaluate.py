@@ -15,8 +15,8 @@ from rich.progress import track
 
 from qformer.data import BrokenRecord, Record, read_records
 from qformer.inference import load
+from qformer.launch import reported_errors
 from qformer.metrics import score_vqa
-from qformer.training import reported_errors
 
 
 def main(argv: list[str] | None = None) -> None:

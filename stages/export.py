@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from qformer.inference import load
-from qformer.training import reported_errors
+from qformer.launch import reported_errors
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(Stage2Config, __doc__, argv)
     # Only now what imports torch: a mistake in the config is told at once.
     from qformer.build import build_dataset, build_stage2
-    from qformer.training import configure_logging, fit, reported_errors, start_accelerator
+    from qformer.launch import configure_logging, reported_errors, start_accelerator
+    from qformer.training import fit
 
     with reported_errors():
         accelerator = start_accelerator(config)

@@ -17,8 +17,9 @@ from qformer.contrast import Negatives, Pool, contrast, draw_noise
 from qformer.data import GlobalBatches, Order, training_loader
 from qformer.distributed import sum_over_ranks
 from qformer.encoders import Features
+from qformer.launch import start_accelerator
 from qformer.models import Stage1Adapter, Stage1Model
-from qformer.training import _forward_backward, start_accelerator
+from qformer.training import _forward_backward
 
 GLOBAL_BATCH = 8
 WHOLE = [f"stage1.itc_batch_size={GLOBAL_BATCH}"]

@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "qformer"
 FLOORS = [
     ["config/", "distributed.py", "text.py", "parts.py", "checksum.py", "layers.py", "lora.py"],
-    ["encoders/", "language/", "qformer.py", "objectives.py", "data/", "metrics/", "optim.py", "log.py"],
+    ["encoders/", "language/", "qformer.py", "objectives.py", "data/", "metrics/", "optim.py", "log.py", "launch.py"],
     ["contrast.py"],
     ["models.py", "checkpoint.py"],
     ["validation.py", "run_folder.py", "tuning.py"],

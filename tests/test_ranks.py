@@ -25,8 +25,9 @@ from qformer.checkpoint import read_adapter
 from qformer.config import Stage1Config, Stage2Config, load_config
 from qformer.data import GlobalBatches, Order, training_loader
 from qformer.distributed import sum_over_ranks, take_over_sharding
+from qformer.launch import start_accelerator
 from qformer.log import TIMING_FIELDS
-from qformer.training import _forward_backward, start_accelerator
+from qformer.training import _forward_backward
 
 REPO = Path(__file__).resolve().parent.parent
 BENCHMARKS = str(REPO / "benchmarks")

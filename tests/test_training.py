@@ -27,8 +27,9 @@ from qformer import contrast, models, training
 from qformer.build import build_dataset, build_stage1
 from qformer.checkpoint import list_checkpoints, read_adapter
 from qformer.config import Stage1Config, load_config, read_config
+from qformer.launch import start_accelerator
 from qformer.log import TIMING_FIELDS
-from qformer.training import NonFiniteLoss, derive_seed, fit, start_accelerator
+from qformer.training import NonFiniteLoss, derive_seed, fit
 
 REPO = Path(__file__).resolve().parent.parent
 ADAPTER = "adapter/adapter.safetensors"

@@ -37,8 +37,8 @@ from qformer.doctor.weights import (
 from qformer.encoders import FrozenEncoder
 from qformer.interop.frozen import empty_adapter
 from qformer.language import FrozenLanguageModel
+from qformer.launch import start_accelerator
 from qformer.run_folder import _resume_from
-from qformer.training import start_accelerator
 
 CUT_CAPTIONS = 0.01  # share of captions longer than the limit from which on it is worth a word
 UNKNOWN_TOKENS = 0.01  # likewise of tokens that the tokenizer does not know
