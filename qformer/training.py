@@ -230,8 +230,8 @@ def _warn_of_deadline(step_s: float, save_s: float, stop_within_s: float) -> Non
 def _place(model: Model, accelerator: Accelerator) -> None:
     """Everything to this rank's device; frozen models in shards where the launch says so, the adapter always whole."""
     llm = model.llm if isinstance(model, Stage2Model) else None
-    if llm and accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        llm.use_plain_attention()
+    if llm:
+        llm.use_training_kernels(accelerator.device, accelerator.mixed_precision)
     if shards_frozen():  # before they move: no device has to hold a whole one
         for frozen in [model.encoder, llm.model] if llm else [model.encoder]:
             shard_blocks(frozen, accelerator.device)

@@ -91,11 +91,14 @@ def build_model(family, vocab_size=V):
     match family:
         case "opt":  # embeddings narrower than the hidden states, as in OPT-350m
             model = OPTForCausalLM(OPTConfig(**heads, hidden_size=32, ffn_dim=48, word_embed_proj_dim=16, init_std=0.3))
-        case "t5":
+        case "t5" | "t5_gated":
             sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
             model = T5ForConditionalGeneration(
-                T5Config(vocab_size=vocab_size, **sizes, decoder_start_token_id=PAD, initializer_factor=3.0)
-            )
+                T5Config(
+                    vocab_size=vocab_size, **sizes, decoder_start_token_id=PAD, initializer_factor=3.0,
+                    feed_forward_proj="gated-gelu" if family == "t5_gated" else "relu",
+                )
+            )  # fmt: skip
         case "llama":
             model = LlamaForCausalLM(LlamaConfig(**llama))
         case "qwen3":
@@ -106,7 +109,7 @@ def build_model(family, vocab_size=V):
 
 
 def build(family, vocab_size=V, **variant) -> FrozenLanguageModel:
-    encoder_decoder = family == "t5"
+    encoder_decoder = family.startswith("t5")
     variant = {"bos": not encoder_decoder, "append_eos": encoder_decoder, **variant}
     kind = EncoderDecoder if encoder_decoder else DecoderOnly
     return kind(build_model(family, vocab_size), build_tokenizer(**variant), f"tiny-{family}")
@@ -209,6 +212,29 @@ def test_gradient_reaches_the_visual_prompt_and_no_parameter(family):
     lm.loss(visual_prompt, PROMPT_ROWS, TARGET_ROWS).total.backward()
     assert (visual_prompt.grad.abs().sum((1, 2)) > 0).all()
     assert all(parameter.grad is None for parameter in lm.parameters())
+
+
+@pytest.mark.parametrize(("family", "precision"), [("t5_gated", "no"), ("t5_gated", "bf16"), ("opt", "bf16")])
+def test_kernels_for_training_compute_the_same_and_keep_less(family, precision):
+    lm = build(family).double()
+    visual_prompt, found, kept = visual_prompt_for(lm).double().requires_grad_(), [], []
+    for _ in range(2):
+        visual_prompt.grad, held = None, 0
+
+        def count(tensor):
+            nonlocal held
+            held += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = lm.loss(visual_prompt, PROMPT_ROWS, TARGET_ROWS).total
+        loss.backward()
+        found.append((loss.detach(), visual_prompt.grad))
+        kept.append(held)
+        lm.use_training_kernels(torch.device("cpu"), precision)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    if family == "t5_gated":
+        assert kept[1] < 0.9 * kept[0]
 
 
 @each_family

@@ -42,8 +42,8 @@ def stage2_model(folder: Path, task: dict[str, Any], weights: bool = True) -> St
     model, _ = build_stage2(load_config(Stage2Config, _arguments(task, *llm)))
     if weights:
         load_strictly(model.adapter, load_file(folder / "ours.safetensors"), "prepared")
-    if task["device"] == "cpu" and task["dtype"] == "bfloat16":
-        model.llm.use_plain_attention()  # as stages/stage2.py does
+    precision = "bf16" if task["dtype"] == "bfloat16" else "no"
+    model.llm.use_training_kernels(torch.device(task["device"]), precision)  # as stages/stage2.py does
     return model.to(task["device"])
 
 

@@ -116,7 +116,7 @@ def llm_config(llm: dict[str, Any]) -> Any:
         return OPTConfig(**sizes, **ids, dropout=0.0, init_std=0.05)
     ids = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     # LAVIS runs every T5 with the exact gelu.
-    return T5Config(**sizes, **ids, dropout_rate=0.0, feed_forward_proj="relu", dense_act_fn="gelu")
+    return T5Config(**{"feed_forward_proj": "relu"} | sizes | ids, dropout_rate=0.0, dense_act_fn="gelu")
 
 
 def write_llm(folder: Path, llm: dict[str, Any]) -> None:

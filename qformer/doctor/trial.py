@@ -54,9 +54,8 @@ class Trial:
         )
         self.dataset: RecordDataset = build_dataset(config.data, self.model.encoder, "train", config.train.seed)
         self.model.to(self.accelerator.device)
-        on_cpu_in_bf16 = self.accelerator.device.type == "cpu" and config.train.mixed_precision == "bf16"
-        if isinstance(self.model, Stage2Model) and on_cpu_in_bf16:
-            self.model.llm.use_plain_attention()
+        if isinstance(self.model, Stage2Model):
+            self.model.llm.use_training_kernels(self.accelerator.device, config.train.mixed_precision)
         optimizer = build_optimizer(
             self.model.adapter, lr=config.optim.warmup_lr, betas=(0.9, 0.98), weight_decay=0.0, eps=1e-8
         )

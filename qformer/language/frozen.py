@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 
 from qformer.text import IGNORE_INDEX, pad_rows, probe_tokenizer
 
@@ -80,9 +81,18 @@ class FrozenLanguageModel(nn.Module, ABC):
     def _embedding(self) -> nn.Embedding:
         return cast(nn.Embedding, self.model.get_input_embeddings())
 
-    def use_plain_attention(self) -> None:
-        """Compute attention by plain matrix products: on CPUs in bfloat16 the fused kernel's gradient is far slower."""
-        self.model.set_attn_implementation("eager")
+    def use_training_kernels(self, device: torch.device, mixed_precision: str) -> None:
+        """Compute the same functions by kernels whose gradient is cheap; results differ by rounding only.
+
+        T5's `gelu_new` becomes PyTorch's own (transformers' takes eight kernels and keeps six tensors as wide as the
+        feed-forward network). On CPUs in bfloat16 attention is plain products: the fused one's gradient is far slower.
+        """
+        if device.type == "cpu" and mixed_precision == "bf16":
+            self.model.set_attn_implementation("eager")
+        for module in list(self.model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, NewGELUActivation):
+                    setattr(module, name, nn.GELU(approximate="tanh"))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Input embeddings: int64[B, T] -> float[B, T, Dl]."""
