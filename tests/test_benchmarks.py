@@ -117,6 +117,13 @@ def test_start_up_runs_as_a_command(tmp_path, benchmarks):
     assert found["imports"]["torch, qformer"] > 0
 
 
+def test_the_cache_is_read_in_random_order(tmp_path, benchmarks):
+    benchmarks("cache_reader").main(["--tiny", "--rounds", "2", "--json", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert {how: len(taken) for how, taken in found["seconds"].items()} == {"cold": 2, "warm": 2}
+    assert found["bytes"] > 24 * 5 * 16 * 2
+
+
 @pytest.mark.parametrize("theirs", [1.1, float("nan")])
 def test_numbers_that_differ_are_seen(benchmarks, theirs):
     difference = benchmarks("sidebyside").difference
