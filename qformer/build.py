@@ -170,6 +170,8 @@ def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2M
     torch.manual_seed(config.train.seed)
     qformer = build_qformer(config.qformer, encoder.width, None if tokenizer is None else len(tokenizer))
     adapter = Stage2Adapter(qformer, encoder.width, llm.width, config.qformer.feature_norm_eps)
+    with torch.no_grad():
+        adapter.language_projection.weight.mul_(config.stage2.prompt_scale)
     model = Stage2Model(encoder, adapter, llm, config.llm.prompt, config.llm.max_target_tokens, tokenizer)
     add_trainable(model, config)
     if tensors is None:

@@ -54,6 +54,20 @@ def test_every_school_text_is_about_a_training_scene(monkeypatch):
     assert not any(seen)
 
 
+def test_merged_positions_hold_the_words_of_one_item_each():
+    sizes = set()
+    for seed in range(300):
+        rng = random.Random(seed)
+        description = texts.context(world.draw_scene(rng, 3), rng, texts.LEVELS[-1])
+        positions = texts.merge(description, rng)
+        words = [w for w in texts.WORD.findall(description) if w not in (",", "and", ".", ":")]
+        said = [w for position in positions for w in position if w not in (",", "and", ".", ":")]
+        assert sorted(said) == sorted(words)
+        assert all(sum(w in world.PLACES for w in position) <= 1 for position in positions)
+        sizes.add(max(map(len, positions)))
+    assert {1, 2, 4} <= sizes
+
+
 def test_the_same_seed_writes_the_same_world(folder, tmp_path):
     write_world(tmp_path, n_train=60, n_validation=20, n_questions=70)
     assert (tmp_path / "questions.jsonl").read_text() == (folder / "questions.jsonl").read_text()

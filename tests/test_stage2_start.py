@@ -37,6 +37,16 @@ def test_a_share_of_the_matrices_is_kept_and_the_rest_is_drawn(tiny, tmp_path, a
     assert torch.equal(found["feature_norm.weight"], trained["feature_norm.weight"])
 
 
+def test_visual_prompts_begin_as_large_as_told(tiny, tmp_path):
+    weights = []
+    for scale in (1, 16):
+        config = load_config(Stage2Config, tiny.stage2(tmp_path, f"stage2.prompt_scale={scale}"))
+        weights.append(build_stage2(config)[0].adapter.language_projection.weight)
+    assert torch.equal(16 * weights[0], weights[1])
+    with pytest.raises(ConfigError, match=r"stage2\.prompt_scale: 0\.0 must be above 0"):
+        load_config(Stage2Config, tiny.stage2(tmp_path, "stage2.prompt_scale=0"))
+
+
 def test_a_share_is_a_share(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"stage2\.init_share: 1\.5 is outside 0 to 1"):
         load_config(Stage2Config, tiny.stage2(tmp_path, "stage2.init_share=1.5"))

@@ -196,6 +196,8 @@ def _check(config: Stage1Config | Stage2Config) -> None:
         )
     if isinstance(config, Stage2Config) and not 0 <= config.stage2.init_share <= 1:
         problems.append(f"stage2.init_share: {config.stage2.init_share} is outside 0 to 1")
+    if isinstance(config, Stage2Config) and config.stage2.prompt_scale <= 0:
+        problems.append(f"stage2.prompt_scale: {config.stage2.prompt_scale} must be above 0")
     if isinstance(config, Stage1Config) and not 0.001 <= config.stage1.temperature <= 0.5:
         problems.append(f"stage1.temperature: {config.stage1.temperature} is outside 0.001 to 0.5")
     itc = config.stage1.itc_batch_size if isinstance(config, Stage1Config) else None

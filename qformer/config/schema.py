@@ -148,6 +148,9 @@ class Stage2Section:
     init_share: float = _doc(
         1.0, "share of stage 1's matrices in init_from's start, the rest drawn anew; 1 = theirs as they are"
     )
+    prompt_scale: float = _doc(
+        1.0, "factor on the language projection's first weights; larger for language models with large embeddings"
+    )
     instructed: bool = _doc(False, "the prompt also enters the Q-Former, beside the queries, as in InstructBLIP")
 
 

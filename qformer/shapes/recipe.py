@@ -19,6 +19,7 @@ FEATURES = "features"  # the cache of an experiment, beside its runs
 MODES = {"blind": "blind", "told": "told", "stage2_only": "picture", "stage1_2": "picture"}  # of stages/evaluate.py
 LAUNCHER = "accelerate.commands.launch"
 STAGE2_STEPS = {"t5": 2000}  # it is asked for less of a caption at a time; others take the config's own number
+PROMPT_SCALE = {"t5": 16}  # what its first layer adds to an embedding is six times as large as the embedding
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Recipe:
         """Train stage 2 in `run_dir` with "opt" or "t5", from the stage-1 run `init_from` or, with None, from nothing."""
         start = f"stage2.init_from={init_from / 'adapter' if init_from else 'null'}"
         overrides = [f"llm.id=qformer/shapes/weights/{llm}", start]
+        if llm in PROMPT_SCALE:
+            overrides.append(f"stage2.prompt_scale={PROMPT_SCALE[llm]}")
         steps = STAGE2_STEPS.get(llm)
         return self._training(name, "stages/stage2.py", STAGE2, Stage2Config, run_dir, overrides, seed, steps)
 
