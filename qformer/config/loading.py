@@ -160,13 +160,13 @@ def _field(root: type, key: str) -> dataclasses.Field:
 
 
 def _check(config: Stage1Config | Stage2Config) -> None:
-    """Choices and ranges, all problems in one message."""
+    """Choices and ranges, all problems in one message; a choice that YAML took for false becomes "no" again."""
     problems = []
     for key in _known_keys(type(config)):
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         choices = _field(type(config), key).metadata["choices"]
-        if value == "False" and "no" in choices:  # YAML reads a bare `no` as false
+        if value == "False" and "no" in choices:
             setattr(getattr(config, section), name, value := "no")
         if choices and value not in choices:
             problems.append(f"{key}: {value!r} is not one of {', '.join(choices)}")
