@@ -119,13 +119,13 @@ def test_the_tokenizers_know_every_word_of_the_world():
 def test_the_language_models_answer_when_told(name):
     llm, rng = load_language_model(str(WEIGHTS / name)), random.Random(11)
     pairs = []
-    for question_type in grammar.QUESTION_TYPES * 10:
+    for question_type in grammar.QUESTION_TYPES * 60:  # the share of 68 is too uncertain
         scene = world.draw_split(rng, True)
         if qa := grammar.ask(scene, rng, question_type):
             pairs.append((f"{grammar.caption(scene, rng)} Question: {qa[0]} Answer:", qa[1]))
     said = llm.generate(None, [text for text, _ in pairs], num_beams=1, max_new_tokens=4)
     right = sum(answer == wanted for answer, (_, wanted) in zip(said, pairs, strict=True))
-    assert right >= 0.9 * len(pairs)
+    assert right >= 0.9 * len(pairs), f"{right} of {len(pairs)}"
 
 
 def test_the_encoder_is_an_open_clip_folder_and_small():
