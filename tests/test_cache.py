@@ -300,6 +300,21 @@ def test_a_disk_that_fills_up_leaves_whole_shards_only(tiny, pictures, cache, tm
     assert shards(tmp_path / "cache") == shards(cache)
 
 
+def test_keys_may_lie_further_apart_than_a_number_can_say(tiny, tmp_path):
+    ids = sorted(map(str, range(100)), key=picture_key)
+    ids = [ids[0], ids[-1]]
+    assert picture_key(ids[1]) - picture_key(ids[0]) > 2**63
+    records = []
+    for image_id in ids:
+        picture, captions = draw_scene(random.Random(image_id))
+        picture.save(tmp_path / f"{image_id}.png")
+        records.append({"image": f"{image_id}.png", "caption": captions, "image_id": image_id})
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_cache(*tiny.stage1(Path("unused"), *over(tmp_path / "records.jsonl", tmp_path / "cache")), *EXACT)
+    found = FeatureCache(tmp_path / "cache")
+    assert all(image_id in found for image_id in ids)
+
+
 def test_damage_is_told(cache, pictures, tmp_path):
     broken = shutil.copytree(cache, tmp_path / "cache")
     path = broken / "shard-00000.safetensors"

@@ -236,9 +236,10 @@ class CacheWriter:
             image_id, reason = next(iter(broken.items()))
             raise ValueError(f"none of {len(broken)} pictures could be read, the first: {image_id}: {reason}")
         order = np.argsort(every)
-        assert (np.diff(every[order]) > 0).all(), "two image_ids of one key"
+        ascending = every[order]
+        assert (ascending[1:] > ascending[:-1]).all(), "two image_ids of one key"  # a difference could overflow
         shards = np.repeat(np.arange(len(paths), dtype=np.int32), [len(k) for k in keys])
-        index = {"keys": every[order], "shards": shards[order], "bounds": np.concatenate(bounds)[order]}
+        index = {"keys": ascending, "shards": shards[order], "bounds": np.concatenate(bounds)[order]}
         with written_whole(self.folder / INDEX) as scratch:
             tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in index.items()}
             _save(tensors, scratch, {"broken": broken})
