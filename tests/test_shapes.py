@@ -54,6 +54,14 @@ def test_every_school_text_is_about_a_training_scene(monkeypatch):
     assert not any(seen)
 
 
+def test_comparisons_ask_who_is_further_to_the_left_or_right_as_often_yes_as_no():
+    rng = random.Random(0)
+    pairs = [texts.seq2seq_pair(rng, texts.COMPARISONS) for _ in range(400)]
+    assert all(" to the left of " in asked or " to the right of " in asked for _, asked, _ in pairs)
+    assert {len(pieces) for *_, pieces in pairs} == {1}, "the answer alone: nothing else is left to learn"
+    assert 140 < sum(pieces == [("yes", 1.0)] for *_, pieces in pairs) < 260
+
+
 def test_merged_positions_hold_the_words_of_one_item_each():
     sizes = set()
     for seed in range(300):
@@ -64,6 +72,7 @@ def test_merged_positions_hold_the_words_of_one_item_each():
         said = [w for position in positions for w in position if w not in (",", "and", ".", ":")]
         assert sorted(said) == sorted(words)
         assert all(sum(w in world.PLACES for w in position) <= 1 for position in positions)
+        assert all(len(position) == 1 for position in texts.merge(description, rng, plain=1.0))
         sizes.add(max(map(len, positions)))
     assert {1, 2, 4} <= sizes
 

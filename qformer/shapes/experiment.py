@@ -202,12 +202,14 @@ class Experiment:
                 # In a session of its own, so that Ctrl-C reaches only us: accelerate's launcher would die of it at once
                 # and leave the stage behind, still saving.
                 self._starting = True
-                process = subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                    stderr=subprocess.STDOUT if output else None, start_new_session=True,
-                )  # fmt: skip
-                self._running.append(process)
-                self._starting = False
+                try:
+                    process = subprocess.Popen(
+                        command, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                        stderr=subprocess.STDOUT if output else None, start_new_session=True,
+                    )  # fmt: skip
+                    self._running.append(process)
+                finally:
+                    self._starting = False
             if self._stopping:
                 raise KeyboardInterrupt
             code = process.wait()
