@@ -134,7 +134,7 @@ def test_the_language_models_answer_when_told(name):
             pairs.append((f"{grammar.caption(scene, rng)} Question: {qa[0]} Answer:", qa[1]))
     said = llm.generate(None, [text for text, _ in pairs], num_beams=1, max_new_tokens=4)
     right = sum(answer == wanted for answer, (_, wanted) in zip(said, pairs, strict=True))
-    assert right >= 0.9 * len(pairs), f"{right} of {len(pairs)}"
+    assert right >= 0.97 * len(pairs), f"{right} of {len(pairs)}"
 
 
 def test_the_encoder_is_an_open_clip_folder_and_small():

@@ -19,7 +19,7 @@ FEATURES = "features"  # the cache of an experiment, beside its runs
 MODES = {"blind": "blind", "told": "told", "stage2_only": "picture", "stage1_2": "picture"}  # of stages/evaluate.py
 LAUNCHER = "accelerate.commands.launch"
 STAGE2_STEPS = {"t5": 2000}  # it is asked for less of a caption at a time; others take the config's own number
-PROMPT_SCALE = {"t5": 16}  # what its first layer adds to an embedding is six times as large as the embedding
+PROMPT_SCALE = {"t5": 16}  # what its first layer adds to an embedding is seven times as large as the embedding
 
 
 @dataclass(frozen=True)
