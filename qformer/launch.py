@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
 
 from qformer.config import Stage1Config, Stage2Config
 from qformer.distributed import leave_group, lost_rank, take_over_sharding
@@ -59,11 +60,18 @@ def reported_errors() -> Iterator[None]:
 def start_accelerator(config: Stage1Config | Stage2Config) -> Accelerator:
     """The Accelerator of this run: device, precision, trackers; the CPU where there is no accelerator.
 
-    Raises: ValueError when several processes were launched but each would train alone, or the precision does not fit.
+    Raises: ValueError when several processes were launched but each would train alone, the precision does not fit, or a
+        tracker is not installed.
     """
     cpu = config.train.cpu or not torch.accelerator.is_available()
     if cpu and config.train.mixed_precision == "fp16":
         raise ValueError("train.mixed_precision=fp16 needs a GPU; use bf16 or no on a CPU")
+    found = {str(tracker.value) for tracker in get_available_trackers()}
+    if missing := set(config.run.trackers) - found:
+        raise ValueError(
+            f"run.trackers: {', '.join(sorted(missing))} cannot be imported here; install it, or choose among "
+            f"{', '.join(sorted(found)) or 'none'}"
+        )
     take_over_sharding()
     accelerator = Accelerator(
         cpu=cpu,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qformer.inference import load
+from qformer.language import PromptTooLong
 from qformer.launch import reported_errors
 
 
@@ -29,11 +30,22 @@ def main(argv: list[str] | None = None) -> None:
                 print(answer)
             return
         print(model.caption([args.picture], **generation)[0])
-        conversation = ""
+        turns: list[str] = []
         while question := _read_line():
-            answer = model.answer([args.picture], [question], [conversation], **generation)[0]
+            answer = _answer(model, args.picture, question, turns, generation)
             print(answer)
-            conversation = f"{conversation} {model.vqa_prompt.format(question)} {answer}\n".lstrip()
+            turns.append(f"{model.vqa_prompt.format(question)} {answer}\n")
+
+
+def _answer(model: Any, picture: str, question: str, turns: list[str], generation: dict[str, Any]) -> str:
+    """Answer with the conversation so far before the question; its oldest turns are forgotten when it grows too long."""
+    while True:
+        try:
+            return model.answer([picture], [question], [" ".join(turns)], **generation)[0]
+        except PromptTooLong:
+            if not turns:
+                raise
+            del turns[0]
 
 
 def _read_line() -> str:

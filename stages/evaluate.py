@@ -33,7 +33,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--normalize", choices=("official", "always"), default="official",
                         help="official: as the official tool since March 2021; always: both sides always")  # fmt: skip
     args = parser.parse_args(argv)
+    if min(args.batch_size, 1 if args.limit is None else args.limit) < 1:
+        parser.error("--batch-size and --limit must be at least 1")
     with reported_errors():
+        if args.json:  # told now, not when everything is answered
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.open("a").close()
         records = read_records(args.records, root=args.root, key="RECORDS")
         chosen = [records[i] for i in range(len(records) if args.limit is None else min(args.limit, len(records)))]
         for record in chosen:
@@ -56,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 said += model.answer(None, questions, [r.captions[0] if args.mode == "told" else "" for r in batch])
             scored += batch
+        if dropped and not scored:
+            raise ValueError(f"no picture could be read, the first: {dropped[0]}")
         types = [r.question_type or "all" for r in scored]
         score = score_vqa(said, [list(r.answers) for r in scored], types, normalize=args.normalize)
 
@@ -71,7 +78,6 @@ def main(argv: list[str] | None = None) -> None:
              "question_type": r.question_type} for r, a in zip(scored, said, strict=True)
         ]  # fmt: skip
         result = {"mode": args.mode, **dataclasses.asdict(score), "dropped": len(dropped), "results": answers}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1))
 
 

@@ -129,6 +129,34 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     assert refused("nowhere/at_all.yaml") == "no config file nowhere/at_all.yaml"
 
 
+def test_a_misspelt_folder_names_the_file_beside_it(tmp_path):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder/eva_g.yaml").write_text("")
+    assert refused(str(tmp_path / "enocder/eva_g.yaml")).endswith(f"nearest is {tmp_path / 'encoder/eva_g.yaml'}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("data.train=[a", "data.train=[a: the value is not valid YAML; a list is written [a, b]"),
+        ("run.dir=${nope}", "run.dir: Interpolation key 'nope' not found"),
+        ("optim.clip_norm=-1", "optim.clip_norm: -1.0 must be above 0"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(argument, said):
+    assert refused(argument) == said
+
+
+def test_a_missing_record_file_is_told_before_anything_loads(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text("")
+    arguments = [*NEEDED, f"data.train=[{tmp_path}/train.jsonl:small, {tmp_path}/trian.jsonl]"]
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(Stage1Config, "", arguments)
+    assert stopped.value.code == 2
+    said = f"data.train: there is no record file {tmp_path}/trian.jsonl; nearest is {tmp_path}/train.jsonl\n"
+    assert capsys.readouterr().err == f"config error: {said}"
+
+
 def test_a_file_that_is_no_yaml_or_no_mapping(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("a: [1\nb: }\n")

@@ -288,14 +288,14 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def launch(arguments: list[str]) -> Iterator[subprocess.Popen]:
-    """Stage 1 as users launch it on two processes of a CPU; none is left behind."""
+def launch(arguments: list[str], stage: int = 1) -> Iterator[subprocess.Popen]:
+    """A stage as users launch it on two processes of a CPU; none is left behind."""
     command = (
         f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
         f"--mixed_precision no --dynamo_backend no --main_process_port {free_port()}"
     )
     process = subprocess.Popen(
-        [*command.split(), str(REPO / "stages/stage1.py"), *arguments],
+        [*command.split(), str(REPO / f"stages/stage{stage}.py"), *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -352,6 +352,19 @@ def test_ranks_stop_together_though_only_one_is_told_to(tiny, tmp_path):
 
 
 # ---- what stops a run ----
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("qformer.launch.get_available_trackers", list)
+    with pytest.raises(ValueError, match=r"run\.trackers: tensorboard cannot be imported here"):
+        start_accelerator(load_config(Stage1Config, tiny.stage1(tmp_path, "run.trackers=[tensorboard]")))
+
+
+def test_stage2_starts_on_two_processes(tiny, tmp_path):
+    with launch(tiny.stage2(tmp_path, "train.max_steps=2", "train.micro_batch_size=4"), stage=2) as launched:
+        _, said = launched.communicate(timeout=300)
+    assert launched.returncode == 0, said
+    assert (tmp_path / "adapter/adapter.safetensors").is_file()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, tmp_path, monkeypatch):

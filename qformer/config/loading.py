@@ -5,12 +5,13 @@ This room knows no torch: a mistake in a config is reported before any weight is
 
 import dataclasses
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from .schema import Stage1Config, Stage2Config
 
@@ -39,7 +40,10 @@ def load_config(root: type[Root], arguments: list[str]) -> Root:
     merged = OmegaConf.structured(root)
     for argument in arguments:
         merged = _merge(merged, _fragment(argument), argument, root)
-    missing = sorted(OmegaConf.missing_keys(merged))
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+    except InterpolationResolutionError as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     if missing:
         described = "; ".join(f"{key} ({_field(root, key).metadata['help']})" for key in missing)
         raise ConfigError(f"missing value{'s' * (len(missing) > 1)}: {described}. Set in a YAML file or as key=value")
@@ -84,6 +88,8 @@ def parse_arguments(root: type[Root], doc: str, argv: list[str] | None) -> Root:
         raise SystemExit(0 if arguments else 2)
     try:
         config = load_config(root, [a for a in arguments if a != "--print-config"])
+        if "--print-config" not in arguments:
+            _check_record_files(config)
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -110,15 +116,15 @@ def _fragment(argument: str) -> Any:
         raise ConfigError(f"unknown option {argument}; options are --help and --print-config")
     is_file = argument.endswith((".yaml", ".yml"))
     if not is_file and "=" in argument:
-        return OmegaConf.from_dotlist([argument])
+        try:
+            return OmegaConf.from_dotlist([argument])
+        except Exception:  # the YAML library raises its own classes
+            raise ConfigError(f"{argument}: the value is not valid YAML; a list is written [a, b]") from None
     if not is_file:
         raise ConfigError(f"{argument!r} is neither a .yaml file nor key=value")
     path = Path(argument)
     if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        )
-        raise ConfigError(f"no config file {argument}" + (f"; nearest is {path.parent / near[0]}" if near else ""))
+        raise ConfigError(f"no config file {argument}{_nearest_file(path)}")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # the YAML library raises its own classes
@@ -126,6 +132,26 @@ def _fragment(argument: str) -> Any:
     if not OmegaConf.is_dict(loaded):
         raise ConfigError(f"{argument} must hold keys and values at its top")
     return loaded
+
+
+def _nearest_file(path: Path) -> str:
+    """The end of a message about a missing file: the nearest of its folder, or of the folders beside a missing one."""
+    if path.parent.is_dir():
+        names = [p.name for p in path.parent.glob(f"*{path.suffix}")]
+        near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=1)]
+    else:
+        near = difflib.get_close_matches(str(path), map(str, path.parent.parent.glob(f"*/*{path.suffix}")), n=1)
+    return f"; nearest is {near[0]}" if near else ""
+
+
+def _check_record_files(config: Stage1Config | Stage2Config) -> None:
+    """Local record files must be there before any weight loads; what is not a file's path is left to the sources."""
+    for key in ("train", "validation"):
+        for source in getattr(config.data, key):
+            path = Path(re.sub(r":\w+(\[.*\])?$", "", source)).expanduser()
+            local = path.suffix in (".json", ".jsonl", ".parquet") and "://" not in source
+            if local and not set(source) & set("{*?") and not path.exists() and not Path(source).expanduser().exists():
+                raise ConfigError(f"data.{key}: there is no record file {source}{_nearest_file(path)}")
 
 
 def _merge(merged: Any, fragment: Any, source: str, root: type) -> Any:
@@ -137,7 +163,9 @@ def _merge(merged: Any, fragment: Any, source: str, root: type) -> Any:
     try:
         return OmegaConf.merge(merged, fragment)
     except OmegaConfBaseException as error:
-        key = next((k for k in known if (error.full_key or "").startswith(k)), error.full_key or source)
+        key = next(
+            (k for k in known if (error.full_key or "").startswith(k)), error.full_key or source.partition("=")[0]
+        )
         kind = _field(root, key).type if key in known else "a section of keys"
         wanted = str(getattr(kind, "__name__", kind)) if not str(kind).startswith("list") else f"{kind}, written [a, b]"
         raise ConfigError(f"{key}: {OmegaConf.select(fragment, key)!r} in {source} is not {wanted}") from None
@@ -179,6 +207,8 @@ def _check(config: Stage1Config | Stage2Config) -> None:
         problems.append(f"train.seed: {train.seed} must be 0 or more")
     if not 0 <= config.optim.min_lr <= config.optim.lr:
         problems.append(f"optim.min_lr: {config.optim.min_lr} is outside 0 to optim.lr ({config.optim.lr})")
+    if not config.optim.clip_norm > 0:
+        problems.append(f"optim.clip_norm: {config.optim.clip_norm} must be above 0")
     if not 0 <= config.data.max_dropped_fraction <= 1:
         problems.append(f"data.max_dropped_fraction: {config.data.max_dropped_fraction} is outside 0 to 1")
     if not config.data.train:

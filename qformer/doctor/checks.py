@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from qformer.build import build_dataset, build_encoder, build_tokenizer
@@ -134,9 +133,6 @@ def check_device(case: Case) -> Verdict:
         text = f"{device.type} with {torch.get_num_threads()} threads, {size(case.free_bytes)} free, {precision}"
         if not config.train.cpu:
             return WARNING, f"no GPU is found: {text}; where that is meant, say so with train.cpu=true"
-    missing = set(config.run.trackers) - {str(t.value) for t in get_available_trackers()}
-    if missing:
-        return WARNING, f"{text}; run.trackers: {', '.join(sorted(missing))} cannot be imported here, install it"
     return OK, text
 
 

@@ -6,7 +6,9 @@ L positions of a joined row, Dl width of the language model, V vocabulary.
 
 from .decoder_only import DecoderOnly
 from .encoder_decoder import EncoderDecoder
-from .frozen import FrozenLanguageModel, LanguageLoss
+from .frozen import FrozenLanguageModel, LanguageLoss, PromptTooLong
 from .loading import load_language_model
 
-__all__ = ["DecoderOnly", "EncoderDecoder", "FrozenLanguageModel", "LanguageLoss", "load_language_model"]
+__all__ = [
+    "DecoderOnly", "EncoderDecoder", "FrozenLanguageModel", "LanguageLoss", "PromptTooLong", "load_language_model",
+]  # fmt: skip

@@ -22,6 +22,10 @@ class LanguageLoss(NamedTuple):
     """int64[]: target tokens counted (int64[B] with reduction "none")."""
 
 
+class PromptTooLong(ValueError):
+    """What stands before an answer, and the answer, need more positions than the language model has."""
+
+
 class FrozenLanguageModel(nn.Module, ABC):
     """A language model that never learns; gradient flows through it to the visual prompt.
 
@@ -178,7 +182,8 @@ class FrozenLanguageModel(nn.Module, ABC):
             num_return: texts per row, best first.
 
         Returns: B * num_return texts without their prompts, the texts of a row next to each other.
-        Raises: ValueError for a search that cannot give `num_return` texts, or a row with nothing to start from.
+        Raises: PromptTooLong; ValueError for a search that cannot give `num_return` texts, or a row with nothing to start
+            from.
         """
         _check_visual_prompt(visual_prompt, prompt_mask, len(prompts), self.width)
         if not do_sample and num_return > num_beams:
@@ -189,6 +194,10 @@ class FrozenLanguageModel(nn.Module, ABC):
         settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
         settings |= {"length_penalty": length_penalty, "early_stopping": False} if num_beams > 1 else {}
         embeds, mask = self._start(visual_prompt, prompt_mask, prompts)
+        length = embeds.shape[1] + (0 if self.is_encoder_decoder else max_new_tokens)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or length
+        if length > positions:
+            raise PromptTooLong(f"prompt and answer may take {length} positions; the language model has {positions}")
         new_ids = cast(Any, self.model).generate(
             inputs_embeds=embeds,
             attention_mask=mask.long(),
