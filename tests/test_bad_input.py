@@ -162,6 +162,7 @@ def test_a_missing_shard_is_refused_before_the_run(tiny, cache, tmp_path, capsys
     shards = sorted(copy.glob("shard-*"))
     assert len(FeatureCache(copy)) == 24
     shards[1].unlink()
+    shutil.copy(cache.parent / "records.jsonl", tmp_path)
     said = refused(capsys, 1, from_cache(tiny, tmp_path / "run", copy))
     assert f"is unfinished, {len(shards) - 1} of {len(shards)} shards are there; run stages/cache_features.py" in said
 

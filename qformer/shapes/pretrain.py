@@ -1,8 +1,9 @@
 """Builds the frozen parts of the Shapes world from a seed: `python -m qformer.shapes.pretrain opt|t5|vit|tokenizers`.
 
 The language models are schooled on text only, the encoder contrastively on pictures with captions; none of them ever
-sees a picture with a question. On one core of an AMD EPYC OPT takes half an hour, the ViT 40 minutes, T5 over two hours. What is written is in the formats of the libraries that load it: transformers folders
-for OPT and T5, an open_clip folder (`local-dir:`) for the ViT, a BERT vocabulary for the Q-Former's text side.
+sees a picture with a question. On one core of an AMD EPYC OPT takes half an hour, the ViT 40 minutes, T5 about two hours.
+What is written is in the formats of the libraries that load it: transformers folders for OPT and T5, an open_clip folder
+(`local-dir:`) for the ViT, a BERT vocabulary for the Q-Former's text side.
 """
 
 import argparse
