@@ -6,14 +6,11 @@ no random state to keep: dropout, negatives, order and augmentation are function
 resumed at a step draws what the uninterrupted one draws.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qformer.checksum import changed_files, write_checksums
 from qformer.config import Stage1Config, Stage2Config, read_config
+from qformer.files import atomic_folder, changed_files, write_checksums
 from qformer.lora import PEFT_CONFIG, PEFT_TENSORS, Lora, read_lora
 
 logger = logging.getLogger(__name__)
@@ -37,7 +34,6 @@ TENSORS, OPTIMIZER, STATE, CONFIG, CARD = (
     "README.md",
 )
 CHECKPOINT = (TENSORS, OPTIMIZER, STATE, CONFIG)
-SCRATCH = ".{}.partial"  # the name of a folder while it is written
 
 
 class Transfer(NamedTuple):
@@ -55,35 +51,6 @@ class Transfer(NamedTuple):
         return "; ".join(lines)
 
 
-@contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Yield a scratch folder that becomes `folder` in one rename when the block ends, and vanishes if it fails."""
-    scratch = folder.parent / SCRATCH.format(folder.name)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        for path in (scratch, *scratch.rglob("*")):
-            _to_disk(path)
-        if folder.exists():  # a step saved again after a resume
-            shutil.rmtree(folder)
-        scratch.rename(folder)
-        _to_disk(folder.parent)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # network disks may refuse
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def trainable_tensors(adapter: nn.Module) -> dict[str, Tensor]:
     """The adapter's state on the CPU, by name."""
     return {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
@@ -93,7 +60,7 @@ def save_adapter(folder: Path, adapter: nn.Module, config: str, card: str) -> No
     """Write an adapter folder: tensors, resolved config, model card, and a folder of PEFT's for each LoRA."""
     loras = {name: module for name, module in adapter.named_children() if isinstance(module, Lora)}
     tensors = {name: t for name, t in trainable_tensors(adapter).items() if name.split(".")[0] not in loras}
-    with written_whole(folder) as scratch:
+    with atomic_folder(folder) as scratch:
         _save_tensors(scratch / TENSORS, tensors)
         for name, lora in loras.items():
             lora.save_pretrained(scratch / name)
@@ -181,7 +148,7 @@ def save_checkpoint(
         for parameter, values in optimizer.state.items()
         for kind, value in values.items()
     }
-    with written_whole(folder) as scratch:
+    with atomic_folder(folder) as scratch:
         _save_tensors(scratch / TENSORS, trainable_tensors(adapter))
         _save_tensors(scratch / OPTIMIZER, moments)
         (scratch / STATE).write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}))

@@ -5,7 +5,6 @@ import errno
 import fcntl
 import logging
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +13,9 @@ from typing import IO, TypeVar
 
 from torch import nn
 
-from qformer.checkpoint import SCRATCH, damage, list_checkpoints, require_disk_space
+from qformer.checkpoint import damage, list_checkpoints, require_disk_space
 from qformer.distributed import gather_objects, rank, world_size
+from qformer.files import remove_partial
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -57,7 +57,8 @@ def open_run(run_dir: Path, resume: str | None, adapter: nn.Module, keep: int) -
 
         def begin() -> Path | None:
             held.enter_context(_held_alone(run_dir))
-            _sweep(run_dir)
+            for folder in (run_dir, run_dir / "checkpoints"):  # what a killed run had begun; the lock is held
+                remove_partial(folder)
             found = _resume_from(run_dir, resume)
             require_disk_space(run_dir, adapter, keep)
             return found
@@ -118,13 +119,6 @@ def _held_alone(run_dir: Path) -> Iterator[None]:
 def _owner(file: IO[str]) -> str:
     file.seek(0)
     return file.read(200).strip() or "another run"
-
-
-def _sweep(run_dir: Path) -> None:
-    """Remove what a killed run had begun to write; the lock is held, so nobody writes there."""
-    for folder in (run_dir, run_dir / "checkpoints"):
-        for scratch in folder.glob(SCRATCH.format("*")):
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _resume_from(run_dir: Path, resume: str | None) -> Path | None:

@@ -17,8 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qformer.checkpoint import save_adapter, written_whole
+from qformer.checkpoint import save_adapter
 from qformer.config import Stage1Config, Stage2Config, load_config, to_yaml
+from qformer.files import atomic_folder
 from qformer.interop.frozen import filled_adapter
 from qformer.interop.keys import Imported
 from qformer.launch import reported_errors
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--from {library}: expected lavis or transformers")
 
         report = imported.report.lines(source)
-        with written_whole(args.out) as scratch:
+        with atomic_folder(args.out) as scratch:
             adapter, card = filled_adapter(imported), _card(imported, library, source)
             save_adapter(scratch, adapter, to_yaml(imported.config), card)
             if library == "lavis" and imported.config.encoder.id == str(encoder_folder):

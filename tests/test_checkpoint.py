@@ -20,8 +20,8 @@ from qformer.checkpoint import (
     save_checkpoint,
     trainable_tensors,
     transfer,
-    written_whole,
 )
+from qformer.files import atomic_folder
 from qformer.optim import build_optimizer
 
 
@@ -107,7 +107,7 @@ def test_adapter_round_trip(tmp_path):
 
 
 def interrupted_write(folder):
-    with written_whole(folder) as scratch:
+    with atomic_folder(folder) as scratch:
         (scratch / "adapter.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 

@@ -30,7 +30,7 @@ from tiny import Tiny, run_stage
 
 import qformer
 from qformer.checkpoint import CHECKPOINT, list_checkpoints, read_adapter
-from qformer.checksum import write_checksums
+from qformer.files import write_checksums
 from qformer.run_folder import open_run
 
 REPO = Path(__file__).resolve().parent.parent

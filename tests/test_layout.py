@@ -11,7 +11,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "qformer"
 FLOORS = [
-    ["config/", "distributed.py", "text.py", "parts.py", "checksum.py", "layers.py", "lora.py"],
+    ["config/", "distributed.py", "text.py", "parts.py", "files.py", "messages.py", "layers.py", "lora.py"],
     ["encoders/", "language/", "qformer.py", "objectives.py", "data/", "metrics/", "optim.py", "log.py", "launch.py"],
     ["contrast.py"],
     ["models.py", "checkpoint.py"],

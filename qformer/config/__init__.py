@@ -1,7 +1,7 @@
 """Every config: its schema, and how it is read."""
 
-from .loading import ConfigError, from_dict, load_config, parse_arguments, read_config, to_yaml
-from .schema import (
+from qformer.config.loading import ConfigError, from_dict, load_config, parse_arguments, read_config, to_yaml
+from qformer.config.schema import (
     DataConfig,
     EncoderConfig,
     LlmConfig,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from .schema import Stage1Config, Stage2Config
+from qformer.config.schema import Stage1Config, Stage2Config
 
 
 class ConfigError(ValueError):

@@ -1,13 +1,13 @@
 """Records, their order, their pictures and their batches."""
 
-from .cache import FeatureCache, Manifest, differences
-from .caching import CacheWriter
-from .captions import clean_caption, clean_question
-from .loading import Batch, RecordDataset, Sample, collate, evaluation_loader, training_loader
-from .order import Draw, GlobalBatches, Mixture, Order, build_order, derive_seed
-from .records import BrokenRecord, Record, Records
-from .sources import read_records
-from .transforms import ImageTransform, load_features, load_image, to_rgb
+from qformer.data.cache import FeatureCache, Manifest, differences
+from qformer.data.caching import CacheWriter
+from qformer.data.captions import clean_caption, clean_question
+from qformer.data.loading import Batch, RecordDataset, Sample, collate, evaluation_loader, training_loader
+from qformer.data.order import Draw, GlobalBatches, Mixture, Order, build_order, derive_seed
+from qformer.data.records import BrokenRecord, Record, Records
+from qformer.data.sources import read_records
+from qformer.data.transforms import ImageTransform, load_features, load_image, to_rgb
 
 __all__ = [
     "Batch",

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from .records import one_line
-
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 

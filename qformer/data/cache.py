@@ -17,7 +17,6 @@ View 0 is the whole picture, views 1 to V - 1 are random crops. A picture that c
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -33,7 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .records import BrokenRecord
+from qformer.data.records import BrokenRecord
+from qformer.files import atomic_file
 
 FORMAT_VERSION = 1
 MANIFEST, INDEX, SHARD = "manifest.json", "index.safetensors", "shard-{:05d}.safetensors"
@@ -43,7 +43,6 @@ _TORCH_NAMES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
-PARTIAL = ".partial"
 _MOST_OPEN = 256  # files a process holds open
 
 
@@ -264,21 +263,7 @@ class TensorFile:
         self.close()
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a scratch file that becomes `path` in one rename when the block ends, and vanishes if it fails."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put the manifest of a cache into its folder."""
-    with written_whole(folder / MANIFEST) as scratch:
+    with atomic_file(folder / MANIFEST) as scratch:
         scratch.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")

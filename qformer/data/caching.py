@@ -21,12 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from qformer import __version__
-
-from .cache import (
+from qformer.data.cache import (
     DTYPES,
     INDEX,
     MANIFEST,
-    PARTIAL,
     QUANTIZED,
     SHARD,
     Manifest,
@@ -36,11 +34,11 @@ from .cache import (
     quantize,
     read_manifest,
     write_manifest,
-    written_whole,
 )
-from .loading import load_input, start_worker
-from .records import BrokenRecord, Records
-from .transforms import ImageTransform
+from qformer.data.loading import load_input, start_worker
+from qformer.data.records import BrokenRecord, Records
+from qformer.data.transforms import ImageTransform
+from qformer.files import PARTIAL, atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +201,7 @@ class CacheWriter:
             for batch in batches[number]:
                 shard.add([ids[i] for i in batch], next(loader), encode, device)
                 yield len(batch)
-            with written_whole(self._shard(number)) as scratch:
+            with atomic_file(self._shard(number)) as scratch:
                 shard.save(scratch)
 
     def share(self, rank: int = 0, world: int = 1) -> int:
@@ -240,7 +238,7 @@ class CacheWriter:
         assert (ascending[1:] > ascending[:-1]).all(), "two image_ids of one key"  # a difference could overflow
         shards = np.repeat(np.arange(len(paths), dtype=np.int32), [len(k) for k in keys])
         index = {"keys": ascending, "shards": shards[order], "bounds": np.concatenate(bounds)[order]}
-        with written_whole(self.folder / INDEX) as scratch:
+        with atomic_file(self.folder / INDEX) as scratch:
             tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in index.items()}
             _save(tensors, scratch, {"broken": broken})
         return Summary(len(every), broken, sum(path.stat().st_size for path in paths))

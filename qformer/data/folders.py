@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .records import Identity, Record, Table, one_line
-from .rows import METADATA, open_metadata
-from .tars import PICTURES, record_of_files
+from qformer.data.records import Identity, Record, Table
+from qformer.data.rows import METADATA, open_metadata
+from qformer.data.tars import PICTURES, record_of_files
+from qformer.messages import one_line
 
 if TYPE_CHECKING:
     import pyarrow

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .cache import FeatureCache
-from .captions import clean_caption, clean_question
-from .order import Draw, GlobalBatches
-from .records import BrokenRecord, Record, Records
-from .transforms import ImageTransform, load_features, load_image
+from qformer.data.cache import FeatureCache
+from qformer.data.captions import clean_caption, clean_question
+from qformer.data.order import Draw, GlobalBatches
+from qformer.data.records import BrokenRecord, Record, Records
+from qformer.data.transforms import ImageTransform, load_features, load_image
 
 logger = logging.getLogger(__name__)
 

@@ -141,11 +141,6 @@ def build_record(identity: Identity, fields: Mapping[str, Any]) -> Record:
     )
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, short enough for a message of ours."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def _string(value: Any) -> str | None:
     return None if value is None else str(value)
 

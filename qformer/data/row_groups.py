@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .addresses import Files, find_files
-from .records import Identity, Record, build_record, identify, one_line
-from .rows import choose_fields, columns_of, picture_of
+from qformer.data.addresses import Files, find_files
+from qformer.data.records import Identity, Record, build_record, identify
+from qformer.data.rows import choose_fields, columns_of, picture_of
+from qformer.messages import one_line
 
 if TYPE_CHECKING:
     import pyarrow

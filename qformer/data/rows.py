@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .records import FIELDS, Identity, Record, build_record, identify, one_line
+from qformer.data.records import FIELDS, Identity, Record, build_record, identify
+from qformer.messages import one_line
 
 if TYPE_CHECKING:
     import datasets

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 
-from .addresses import is_address
-from .folders import open_folder
-from .records import Records, Table
-from .row_groups import open_row_groups
-from .rows import READERS, open_file, open_hub
-from .tars import open_tars
+from qformer.data.addresses import is_address
+from qformer.data.folders import open_folder
+from qformer.data.records import Records, Table
+from qformer.data.row_groups import open_row_groups
+from qformer.data.rows import READERS, open_file, open_hub
+from qformer.data.tars import open_tars
 
 COMPRESSED = re.compile(r"\.(tgz|tar\.\w+)$")
 

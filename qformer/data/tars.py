@@ -26,9 +26,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .addresses import Files, find_files
-from .cache import written_whole
-from .records import Identity, Record, build_record, identify, one_line
+from qformer.data.addresses import Files, find_files
+from qformer.data.records import Identity, Record, build_record, identify
+from qformer.files import atomic_file
+from qformer.messages import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ def _name(*parts: str) -> str:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    with written_whole(path) as scratch, scratch.open("wb") as file:
+    with atomic_file(path) as scratch, scratch.open("wb") as file:
         np.save(file, array.astype(np.int64))
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .records import BrokenRecord, Record
+from qformer.data.records import BrokenRecord, Record
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 EXIF_ORIENTATION = 0x0112

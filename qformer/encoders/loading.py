@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from .frozen import FrozenEncoder
-from .of_open_clip import load_open_clip
-from .of_transformers import load_transformers
-from .precomputed import load_features
-from .request import Request, nearest
+from qformer.encoders.frozen import FrozenEncoder
+from qformer.encoders.of_open_clip import load_open_clip
+from qformer.encoders.of_transformers import load_transformers
+from qformer.encoders.precomputed import load_features
+from qformer.encoders.request import Request, nearest
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOADERS: dict[str, Callable[[Request], FrozenEncoder]] = {

@@ -6,8 +6,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .frozen import Features, FrozenEncoder, InputTransform, block_index
-from .request import Request, nearest, seeded
+from qformer.encoders.frozen import Features, FrozenEncoder, InputTransform, block_index
+from qformer.encoders.request import Request, nearest, seeded
 
 
 @final

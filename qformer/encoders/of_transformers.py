@@ -8,10 +8,9 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from qformer.encoders.frozen import Features, FrozenEncoder, InputTransform, block_index
+from qformer.encoders.request import Request, nearest, seeded
 from qformer.parts import WHOLE, load_frozen
-
-from .frozen import Features, FrozenEncoder, InputTransform, block_index
-from .request import Request, nearest, seeded
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .frozen import Features, FrozenEncoder
-from .request import Request
+from qformer.encoders.frozen import Features, FrozenEncoder
+from qformer.encoders.request import Request
 
 
 @final

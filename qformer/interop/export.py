@@ -33,9 +33,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from qformer.checkpoint import trainable_tensors, written_whole
+from qformer.checkpoint import trainable_tensors
 from qformer.config import Stage1Config, Stage2Config
 from qformer.encoders import Features, FrozenEncoder
+from qformer.files import atomic_folder
 from qformer.interop import cards
 from qformer.interop.cards import CARD, REST, VISUAL_PROMPTS
 from qformer.interop.keys import BLIP2, INSTRUCT_BLIP, Report
@@ -111,7 +112,7 @@ def export(model: Model, config: Config, out: Path, picture: Image.Image | None 
         picture = Image.fromarray(pixels.numpy())
     encoder = f"the encoder ({config.encoder.loader} {config.encoder.id}".rstrip() + ")"
     fold(model)
-    with written_whole(out) as folder:
+    with atomic_folder(out) as folder:
         try:
             converted: Converted | None = _fitting(model, encoder)
             why = f"the whole model, because {encoder} up to block {config.encoder.block} fits Blip2VisionModel"
@@ -168,7 +169,7 @@ def write_visual_prompts(
             if name in found:
                 raise ValueError(f"{name} is named twice; expected every picture once")
             found[name] = model.visual_prompt(seen, [prompt])[0].float().cpu().contiguous()
-    with written_whole(out) as folder:
+    with atomic_folder(out) as folder:
         save_file(found, folder / VISUAL_PROMPTS, metadata={"llm": config.llm.id, "prompt": prompt})
         (folder / CARD).write_text(
             cards.of_visual_prompts(config, model.llm.is_encoder_decoder, prompt, next(iter(found)))

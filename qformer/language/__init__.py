@@ -4,10 +4,10 @@ Source: BLIP-2 (arXiv 2301.12597), section 3.3; LAVIS blip2_opt.py and blip2_t5.
 L positions of a joined row, Dl width of the language model, V vocabulary.
 """
 
-from .decoder_only import DecoderOnly
-from .encoder_decoder import EncoderDecoder
-from .frozen import FrozenLanguageModel, LanguageLoss, PromptTooLong
-from .loading import load_language_model
+from qformer.language.decoder_only import DecoderOnly
+from qformer.language.encoder_decoder import EncoderDecoder
+from qformer.language.frozen import FrozenLanguageModel, LanguageLoss, PromptTooLong
+from qformer.language.loading import load_language_model
 
 __all__ = [
     "DecoderOnly", "EncoderDecoder", "FrozenLanguageModel", "LanguageLoss", "PromptTooLong", "load_language_model",

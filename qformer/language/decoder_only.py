@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from qformer.language.frozen import FrozenLanguageModel, padding_last, reorder
 from qformer.text import IGNORE_INDEX, encode, mask_context, pad_rows, split_prompt
-
-from .frozen import FrozenLanguageModel, padding_last, reorder
 
 logger = logging.getLogger(__name__)
 

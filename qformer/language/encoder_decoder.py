@@ -5,9 +5,8 @@ from typing import final
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qformer.language.frozen import FrozenLanguageModel, padding_last, reorder
 from qformer.text import IGNORE_INDEX, encode, pad_rows
-
-from .frozen import FrozenLanguageModel, padding_last, reorder
 
 
 @final

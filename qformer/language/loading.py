@@ -19,11 +19,10 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
+from qformer.language.decoder_only import DecoderOnly
+from qformer.language.encoder_decoder import EncoderDecoder
+from qformer.language.frozen import FrozenLanguageModel
 from qformer.parts import WHOLE, load_frozen
-
-from .decoder_only import DecoderOnly
-from .encoder_decoder import EncoderDecoder
-from .frozen import FrozenLanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,0 +1,86 @@
+"""What is kept on disk: written whole or not at all, with checksums as `sha256sum` writes them."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SUMS = "SHA256SUMS"
+PARTIAL = ".partial"  # how the names of scratch files and folders end
+_CHUNK_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `folder` in one rename when the block ends, and vanishes if it fails."""
+    scratch = folder.with_name(f".{folder.name}{PARTIAL}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        for path in (scratch, *scratch.rglob("*")):
+            _to_disk(path)
+        if folder.exists():  # a step saved again after a resume
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+        _to_disk(folder.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a scratch path, one for each process, that becomes `path` in one rename, and vanishes if the block fails."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield scratch
+        _to_disk(scratch)
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the scratch folders that a killed process left in `folder`; nobody else may be writing there."""
+    for scratch in folder.glob(f".*{PARTIAL}"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # network disks may refuse
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checksums(folder: Path, names: tuple[str, ...]) -> None:
+    """Write `SHA256SUMS` for the files of a folder; `sha256sum -c SHA256SUMS` reads it too."""
+    (folder / SUMS).write_text("".join(f"{_digest(folder / name)}  {name}\n" for name in names))
+
+
+def changed_files(folder: Path, names: tuple[str, ...]) -> list[str]:
+    """Those of `names` that are missing, or not as they were written; a folder without checksums passes with a warning."""
+    if not (folder / SUMS).is_file():
+        logger.warning("%s has no %s, so a damaged byte in it would not be noticed", folder, SUMS)
+        return []
+    lines = (folder / SUMS).read_text(errors="replace").splitlines()
+    written = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    return [n for n in names if not (folder / n).is_file() or _digest(folder / n) != written.get(n)]
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
