@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from qformer.messages import one_line
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
