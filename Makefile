@@ -9,10 +9,10 @@ BIN = .venv/bin
 .PHONY: demo test check bench reproduce clean
 
 demo: .venv/installed
-	$(BIN)/python stages/demo.py
+	$(BIN)/python examples/shapes/demo.py
 
 reproduce: .venv/installed
-	$(BIN)/python stages/reproduce.py
+	$(BIN)/python examples/shapes/reproduce.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -8,12 +8,12 @@ import threading
 import time
 
 import pytest
+from experiment import Experiment, PartFailed, average, markdown_table
 from PIL import Image
+from recipe import LAUNCHER, STAGE2_STEPS, Part, Recipe, add_options
+from report import choose_examples, duration, write_report
 
 from qformer.config import Stage1Config, Stage2Config, load_config
-from qformer.shapes.experiment import Experiment, PartFailed, average, markdown_table
-from qformer.shapes.recipe import LAUNCHER, STAGE2_STEPS, Part, Recipe, add_options
-from qformer.shapes.report import choose_examples, duration, write_report
 
 
 def result(image, said, truth, kind="colour", question="what colour is it?"):
@@ -22,8 +22,8 @@ def result(image, said, truth, kind="colour", question="what colour is it?"):
 
 SCORE = {"overall": 50.0, "by_type": {"colour": 40.0, "shape": 60.0}, "n": 20}
 TABLE = {
-    "opt": {"blind": SCORE, "stage1_2": average({0: SCORE | {"overall": 90.0}, 1: SCORE | {"overall": 94.0}})},
-    "t5": {"blind": SCORE},
+    "opt": {"text_only": SCORE, "stage1_2": average({0: SCORE | {"overall": 90.0}, 1: SCORE | {"overall": 94.0}})},
+    "t5": {"text_only": SCORE},
 }
 
 
@@ -118,9 +118,9 @@ def test_commands_load_as_configs(tmp_path):
     scaled = load_config(Stage2Config, overrides(short.stage2(tmp_path / "s4", "t5", None)))
     assert scaled.train.max_steps == STAGE2_STEPS["t5"] // 100
 
-    part = Recipe().evaluation(tmp_path / "s2", "told", tmp_path / "told.json")
-    assert part.command[-4:] == ["--mode", "told", "--json", str(tmp_path / "told.json")]
-    (tmp_path / "told.json").write_text('{"cut off')
+    part = Recipe().evaluation(tmp_path / "s2", "oracle_caption", tmp_path / "answers.json")
+    assert part.command[-4:] == ["--mode", "told", "--json", str(tmp_path / "answers.json")]
+    (tmp_path / "answers.json").write_text('{"cut off')
     assert not part.finished()
 
 

@@ -3,13 +3,15 @@
 import json
 import random
 
+import pretrain
 import pytest
+import texts
 from PIL import Image
 
 from qformer.data import read_records
 from qformer.encoders import load_encoder
 from qformer.language import load_language_model
-from qformer.shapes import grammar, pretrain, texts, world
+from qformer.shapes import grammar, world
 from qformer.shapes.world import Item
 from qformer.shapes.write import write_world
 

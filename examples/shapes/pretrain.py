@@ -1,4 +1,4 @@
-"""Builds the frozen parts of the Shapes world from a seed: `python -m qformer.shapes.pretrain opt|t5|vit|tokenizers`.
+"""Builds the frozen parts of the Shapes world from a seed: `python examples/shapes/pretrain.py opt|t5|vit|tokenizers`.
 
 The language models are schooled on text only, the encoder contrastively on pictures with captions; none of them ever
 sees a picture with a question. On one core of an AMD EPYC OPT takes half an hour, the ViT 40 minutes, T5 about two hours.
@@ -17,12 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from qformer.optim import lr_at
-from qformer.shapes import grammar, world
-from qformer.shapes.texts import (
+from texts import (
     BOS,
     COMPARISONS,
     LEVELS,
@@ -40,9 +35,14 @@ from qformer.shapes.texts import (
     pad,
     seq2seq_pair,
 )
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qformer.optim import lr_at
+from qformer.shapes import grammar, world
 
 STEPS = {"opt": 3600, "t5": 5000, "vit": 2500}  # of the weights that ship
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(world.__file__).parent / "weights"
 # Running share of right answers; one text in 25 has no description, and T5's are harder than what it will be asked.
 NEXT_LEVEL_AT = {"opt": 0.9, "t5": 0.8}
 

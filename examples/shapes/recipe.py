@@ -9,14 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from report import ROWS
+
 from qformer.config import Stage1Config, Stage2Config, load_config
 from qformer.data.cache import INDEX
-from qformer.shapes.report import ROWS
 
 STAGE1, STAGE2 = "configs/shapes/stage1.yaml", "configs/shapes/stage2.yaml"
 DATA = Path("runs/shapes")  # where the configs look for the records
 FEATURES = "features"  # the cache of an experiment, beside its runs
-MODES = {"blind": "blind", "told": "told", "stage2_only": "picture", "stage1_2": "picture"}  # of stages/evaluate.py
+MODES = {
+    "text_only": "blind",
+    "oracle_caption": "told",
+    "stage2_only": "picture",
+    "stage1_2": "picture",
+}  # of stages/evaluate.py
 LAUNCHER = "accelerate.commands.launch"
 STAGE2_STEPS = {"t5": 2000}  # it is asked for less of a caption at a time; others take the config's own number
 PROMPT_SCALE = {"t5": 16}  # what its first layer adds to an embedding is seven times as large as the embedding

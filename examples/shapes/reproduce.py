@@ -1,7 +1,7 @@
 """Make the whole table: two language models, stage 2 with and without stage 1, several seeds. Go on by starting it again.
 
-python stages/reproduce.py             # leaves results.json, table.md and report.html in runs/reproduce
-python stages/reproduce.py --jobs 2    # two runs side by side, each on half of the cores
+python examples/shapes/reproduce.py             # leaves results.json, table.md and report.html in runs/reproduce
+python examples/shapes/reproduce.py --jobs 2    # two runs side by side, each on half of the cores
 """
 
 import argparse
@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qformer.shapes.experiment import Experiment, average, markdown_table, score_of
-from qformer.shapes.recipe import Part, Recipe, add_options
+from experiment import Experiment, average, markdown_table, score_of
+from recipe import Part, Recipe, add_options
 
 LLMS = ("opt", "t5")
 TRAINED = ("stage2_only", "stage1_2")
-UNTRAINED = ("blind", "told")  # the language model alone: the same for every seed
+UNTRAINED = ("text_only", "oracle_caption")  # the language model alone: the same for every seed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe, out, seeds = Recipe.from_arguments(args), args.out, list(dict.fromkeys(args.seeds))
     try:
         experiment = Experiment(
-            out, recipe, owned=(), resume=True, go_on=["stages/reproduce.py", *given], jobs=args.jobs
+            out, recipe, owned=(), resume=True, go_on=["examples/shapes/reproduce.py", *given], jobs=args.jobs
         )
     except ValueError as error:
         parser.error(str(error))

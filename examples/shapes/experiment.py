@@ -19,11 +19,10 @@ from typing import Any
 
 import psutil
 import torch
+from recipe import LAUNCHER, STAGE1, Part, Recipe
+from report import LLM_TITLES, ROWS, choose_examples, duration, overall, write_report
 from rich.console import Console
 from rich.table import Table
-
-from qformer.shapes.recipe import LAUNCHER, STAGE1, Part, Recipe
-from qformer.shapes.report import LLM_TITLES, ROWS, choose_examples, duration, overall, write_report
 
 STATE_FILE = "experiment.json"
 

@@ -10,11 +10,14 @@ from typing import Any
 from qformer.metrics import vqa_accuracy
 
 ROWS = {  # key of results.json: title, what it is
-    "blind": ("blind", "The language model alone, asked without the picture: what a guess from the question is worth."),
-    "told": (
-        "told",
-        "The language model alone, given a true caption of the picture as text: about as much as it could answer "
-        "if the Q-Former told it everything.",
+    "text_only": (
+        "text only",
+        "The language model alone, asked without the image: what a guess from the question is worth.",
+    ),
+    "oracle_caption": (
+        "oracle caption",
+        "The language model alone, given a true caption of the image as text: about as much as it could answer "
+        "if the Q-Former handed on everything.",
     ),
     "stage2_only": ("stage 2 only", "Stage 2 from random weights, for as many steps: what stage 1 is worth."),
     "stage1_2": ("stage 1 + 2", "The Q-Former trained in stage 1, then in stage 2: the method of the paper."),

@@ -1,17 +1,17 @@
 """See BLIP-2's two stages work: train on pictures of a small world, then answer questions about pictures held out.
 
-python stages/demo.py              # afresh in runs/demo; leaves report.html and results.json there
-python stages/demo.py --resume     # go on after Ctrl-C
+python examples/shapes/demo.py              # afresh in runs/demo; leaves report.html and results.json there
+python examples/shapes/demo.py --resume     # go on after Ctrl-C
 """
 
 import argparse
 import sys
 
-from qformer.shapes.experiment import Experiment, score_of
-from qformer.shapes.recipe import Recipe, add_options
+from experiment import Experiment, score_of
+from recipe import Recipe, add_options
 
 OWNED = ("features", "stage1", "opt", "answers", "results.json", "report.html")  # what a fresh start removes from --out
-ROWS = ("blind", "told", "stage1_2")
+ROWS = ("text_only", "oracle_caption", "stage1_2")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
     recipe, out = Recipe.from_arguments(args), args.out
-    go_on = ["stages/demo.py", *(word for word in given if word != "--resume"), "--resume"]
+    go_on = ["examples/shapes/demo.py", *(word for word in given if word != "--resume"), "--resume"]
     try:
         experiment = Experiment(out, recipe, owned=OWNED, resume=args.resume, go_on=go_on)
     except ValueError as error:
