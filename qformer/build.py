@@ -215,8 +215,10 @@ def build_dataset(
         seed=seed,
         augment=config.augment and split == "train",
         text="caption",
-        clean=True,
+        cleaning=config.cleaning,
+        max_words=config.max_words,
         features=features,
+        width=encoder.width if config.features is None else None,
     )
 
 
@@ -226,7 +228,15 @@ def build_transform(encoder: FrozenEncoder, config: DataConfig) -> ImageTransfor
     if given is None:
         return None
     low, high = config.crop_scale
-    return ImageTransform(given.size, given.mean, given.std, given.interpolation, crop_scale=(low, high))
+    return ImageTransform(
+        given.size,
+        given.mean,
+        given.std,
+        given.interpolation,
+        crop_scale=(low, high),
+        flip=config.flip,
+        max_pixels=config.max_pixels,
+    )
 
 
 def build_cache_writer(

@@ -155,12 +155,13 @@ class VisionLanguageModel:
         """
         if isinstance(picture, Tensor):
             return picture
+        if isinstance(picture, str | Path):
+            picture = Record(str(picture), str(picture))
+        if self.transform is not None:
+            return self.transform.apply(load_image(picture, self.transform.max_pixels))
         if isinstance(picture, Image.Image):
-            if self.transform is None:
-                raise ValueError("this model takes precomputed features: give paths of .npy or .safetensors files")
-            return self.transform.apply(picture)
-        record = picture if isinstance(picture, Record) else Record(str(picture), str(picture))
-        return load_features(record.image) if self.transform is None else self.transform.apply(load_image(record))
+            raise ValueError("this model takes precomputed features: give paths of .npy or .safetensors files")
+        return load_features(picture.image, self.model.encoder.width)
 
     @torch.no_grad()
     def encode(self, images: Sequence[Picture]) -> Features:

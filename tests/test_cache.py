@@ -162,7 +162,7 @@ def test_crops_are_drawn_as_augmentation_is(tiny, pictures, cache, tmp_path):
         rng = np.random.default_rng([7, CROPS, picture_key(record.image_id) % 2**64, crop])
         expected = encoder(transform.apply(load_image(record), rng)[None]).tokens[0]
         assert torch.allclose(views[1 + crop], expected, atol=1e-5)
-    dataset = RecordDataset(records, None, seed=3, augment=True, text="caption", clean=True, features=cropped)
+    dataset = RecordDataset(records, None, seed=3, augment=True, text="caption", features=cropped)
     seen = [dataset[Draw(1, epoch, 0)].image for epoch in range(30)]
     which = [[torch.equal(image, view) for view in views].index(True) for image in seen]
     assert set(which) == {1, 2, 3}
@@ -431,7 +431,7 @@ def test_reading_keeps_memory_flat(tmp_path):
 def test_workers_read_what_the_main_process_reads(tmp_path, workers):
     records, found = synthetic(tmp_path, 40, 9, FEATURE_WIDTH, "bfloat16", shard_bytes=5000)
     found.read("signal 3")  # open in this process before the others are forked
-    dataset = RecordDataset(records, None, seed=0, augment=False, text="caption", clean=True, features=found)
+    dataset = RecordDataset(records, None, seed=0, augment=False, text="caption", features=found)
     loader = training_loader(dataset, GlobalBatches(Order(40, seed=0), 1, 0, 8), workers)
     for batch in itertools.islice(loader, 10):
         assert batch.images.dtype == torch.bfloat16

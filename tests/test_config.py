@@ -101,7 +101,7 @@ def test_a_key_of_the_other_stage_is_unknown():
         ("optim.lr=fast", ["optim.lr", "'fast'", "is not float"]),
         ("data.augment=perhaps", ["data.augment", "'perhaps'", "is not bool"]),
         ("encoder.width=wide", ["encoder.width", "'wide'", "is not int | None"]),
-        ("data.train=a.jsonl", ["data.train", "'a.jsonl'", "is not list"]),
+        ("data.weights=many", ["data.weights", "'many'", "is not list"]),
         ("train=3", ["train", "3", "is not a section"]),
         ("train.max_steps=null", ["train.max_steps", "None", "is not int"]),
     ],

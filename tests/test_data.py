@@ -461,7 +461,7 @@ def mixed(tmp_path):
 
 
 def training_set(records, **options):
-    defaults = {"seed": 5, "augment": True, "text": "caption", "clean": True}
+    defaults = {"seed": 5, "augment": True, "text": "caption"}
     return RecordDataset(records, TRANSFORM, **{**defaults, **options})
 
 
@@ -521,7 +521,7 @@ def test_questions(tmp_path):
     assert (batch.texts, batch.questions, batch.answers) == (["what is it?"], ["What Is it?"], [("Dog",)])
     assert (batch.question_ids, batch.question_types) == (["3"], ["what"])
     assert "no answers" in training_set(records, text="question")[Draw(1, 0, 0)].dropped[0]
-    asked = training_set(records, text="question", clean=False, augment=False, in_order=True)
+    asked = training_set(records, text="question", cleaning="none", augment=False, in_order=True)
     assert asked[1].text == "Where?"  # a test set without answers can be asked
     assert "no caption" in training_set(records, augment=False, in_order=True)[0].dropped[0]
     with pytest.raises(ValueError, match="text='answer': expected one of caption, question"):
@@ -548,7 +548,7 @@ def test_features_are_padded_and_masked(tmp_path):
     for length in (2, 5):
         np.save(tmp_path / f"{length}.npy", np.full((length, 4), length, np.float16))
         records.append(Record(str(tmp_path / f"{length}.npy"), str(length), ("x",)))
-    dataset = RecordDataset(records, None, seed=0, augment=False, text="caption", clean=True, in_order=True)
+    dataset = RecordDataset(records, None, seed=0, augment=False, text="caption", in_order=True)
     batch = next(iter(evaluation_loader(dataset, 2, 0)))
     assert batch.images.shape == (2, 5, 4)
     assert batch.image_mask.tolist() == [[True, True, False, False, False], [True] * 5]

@@ -109,9 +109,7 @@ def shards(folder: Path, sizes=(7, 1, 12)) -> str:
 
 
 def dataset_of(records, **options) -> RecordDataset:
-    return RecordDataset(
-        records, TRANSFORM, **{"seed": 0, "augment": False, "text": "caption", "clean": True, **options}
-    )
+    return RecordDataset(records, TRANSFORM, **{"seed": 0, "augment": False, "text": "caption", **options})
 
 
 # ---- tars ----

@@ -74,7 +74,7 @@ class Tars(Reading):
             for position in itertools.count():
                 record = records[order.draw(position).index]
                 yield record.captions[0], record.image_bytes or Path(record.image).read_bytes()
-        dataset = RecordDataset(records, self.transform, seed=0, augment=False, text="caption", clean=False)
+        dataset = RecordDataset(records, self.transform, seed=0, augment=False, text="caption", cleaning="none")
         for batch in training_loader(dataset, GlobalBatches(order, 1, 0, BATCH), 0):
             yield from zip(batch.texts, batch.images, strict=True)
 

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 AT_LEAST_ONE = (
     "train.max_steps", "train.global_batch_size", "train.micro_batch_size", "train.checkpoint_every_steps",
     "train.keep_checkpoints", "train.log_every_steps", "train.validate_every_steps", "train.validation_records",
-    "train.timeout_s", "data.shuffle_block_records",
+    "train.timeout_s", "data.shuffle_block_records", "data.max_words",
     "qformer.layers", "qformer.width", "qformer.heads", "qformer.ffn_width", "qformer.queries",
     "qformer.cross_attention_frequency", "qformer.contrastive_width", "llm.num_beams", "tune.lora_rank",
 )  # fmt: skip
@@ -161,7 +161,7 @@ def _merge(merged: Any, fragment: Any, source: str, root: type) -> Any:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"unknown key {key} in {source}; nearest is {near}")
     try:
-        return OmegaConf.merge(merged, fragment)
+        return OmegaConf.merge(merged, _lists(fragment, root))
     except OmegaConfBaseException as error:
         key = next(
             (k for k in known if (error.full_key or "").startswith(k)), error.full_key or source.partition("=")[0]
@@ -169,6 +169,23 @@ def _merge(merged: Any, fragment: Any, source: str, root: type) -> Any:
         kind = _field(root, key).type if key in known else "a section of keys"
         wanted = str(getattr(kind, "__name__", kind)) if not str(kind).startswith("list") else f"{kind}, written [a, b]"
         raise ConfigError(f"{key}: {OmegaConf.select(fragment, key)!r} in {source} is not {wanted}") from None
+
+
+def _lists(fragment: Any, root: type) -> Any:
+    """The fragment with [x] where a list of strings is wanted and x stands there, and [] where nothing does."""
+    for key in _known_keys(root):
+        kind = str(_field(root, key).type)
+        if not kind.startswith("list") or OmegaConf.is_missing(fragment, key.split(".")[0]):
+            continue
+        section, _, name = key.partition(".")
+        values = fragment.get(section)
+        if not OmegaConf.is_dict(values) or name not in values or OmegaConf.is_missing(values, name):
+            continue
+        if values[name] is None or values[name] == "":
+            values[name] = []
+        elif kind == "list[str]" and isinstance(values[name], str):
+            values[name] = [values[name]]
+    return fragment
 
 
 def _leaves(values: Any, prefix: str = "") -> list[str]:
@@ -216,6 +233,8 @@ def _check(config: Stage1Config | Stage2Config) -> None:
     weights = config.data.weights
     if weights and (len(weights) != len(config.data.train) or not all(weight > 0 for weight in weights)):
         problems.append(f"data.weights: {weights} must hold a number above 0 for each of data.train, or nothing")
+    if config.data.max_pixels is not None and config.data.max_pixels < 1:
+        problems.append(f"data.max_pixels: {config.data.max_pixels} must be at least 1")
     crop = config.data.crop_scale
     if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
         problems.append(f"data.crop_scale: {crop} must be [smallest, largest] with 0 < smallest <= largest <= 1")

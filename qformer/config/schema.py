@@ -62,8 +62,16 @@ class DataConfig:
     features: str | None = _doc(None, "feature cache (docs/feature_cache.md) in the encoder's place; null = none")
     shuffle_block_records: int = _doc(1, "neighbours that stay together and in order in training; 1 = shuffle all")
     workers: int = _doc(2, "processes that read and decode")
-    augment: bool = _doc(True, "random resized crop and flip of training pictures")
-    crop_scale: list[float] = _doc([0.5, 1.0], "share of the picture's area that a random crop keeps")
+    augment: bool = _doc(True, "random resized crop and flip of training images")
+    flip: bool = _doc(True, "data.augment mirrors every second image; false where captions say left and right")
+    crop_scale: list[float] = _doc([0.5, 1.0], "share of the image's area that a random crop keeps")
+    max_pixels: int | None = _doc(
+        None, "pixels of the largest image that is read, larger ones are broken records; null = PIL's bound, 89478485"
+    )
+    cleaning: str = _doc(
+        "blip", "captions as BLIP-2 writes them: small letters, no points; or as they are", ("blip", "none")
+    )
+    max_words: int = _doc(50, "words of a caption that are kept")
     max_text_tokens: int = _doc(32, "tokens of a caption, special ones included")
     max_dropped_fraction: float = _doc(0.1, "share of broken records at which a run stops; they are replaced below it")
 

@@ -253,14 +253,14 @@ class _Pictures(Dataset[Tensor | str]):
 
     def __init__(self, writer: CacheWriter):
         self.records, self.transform, self.crops = writer.records, writer.transform, writer.manifest.crops
-        self.rows = list(writer.pictures.values())
+        self.rows, self.width = list(writer.pictures.values()), writer.manifest.features["width"]
 
     def __getitem__(self, picture: int) -> Tensor | str:
         record = self.records[self.rows[picture]]
         key = picture_key(record.image_id) % 2**64
         draws = [np.random.default_rng([self.crops["seed"], CROPS, key, n]) for n in range(self.crops["count"])]
         try:
-            views = load_input(record, self.transform, [None, *draws])
+            views = load_input(record, self.transform, [None, *draws], self.width)
         except BrokenRecord as broken:
             logger.warning("broken record %s", broken)
             return broken.reason
@@ -283,9 +283,6 @@ class _Shard:
         self.broken |= {i: reason for i, reason in zip(ids, inputs, strict=True) if isinstance(reason, str)}
         ids = [i for i in ids if i not in self.broken]
         sound = [views for views in inputs if isinstance(views, Tensor)]
-        for image_id, views in zip(ids, sound, strict=True):
-            if views.ndim == 2 and views.shape[1] != (width := self.manifest.features["width"]):
-                raise ValueError(f"{image_id}: features of width {views.shape[1]}; expected encoder.width={width}")
         if not sound:
             return
         if sound[0].ndim == 4:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qformer.data.cache import FeatureCache
-from qformer.data.captions import clean_caption, clean_question
+from qformer.data.captions import MAX_WORDS, clean_caption, clean_question
 from qformer.data.order import Draw, GlobalBatches
 from qformer.data.records import BrokenRecord, Record, Records
 from qformer.data.transforms import ImageTransform, load_features, load_image
@@ -57,10 +57,11 @@ class RecordDataset(Dataset[Sample]):
 
     Args:
         transform: None where the records name precomputed features.
-        augment: random crop and flip; pictures in training only.
+        augment: random crop and flip; images in training only.
         text: what becomes `Sample.text`, "caption" or "question"; a question needs answers in training.
-        clean: write the text as BLIP-2 does, see `clean_caption` and `clean_question`.
-        features: a cache that stands in for the records' pictures; `augment` then draws one of its crops.
+        cleaning, max_words: how the text is written, see `clean_caption` and `clean_question`.
+        features: a cache that stands in for the records' images; `augment` then draws one of its crops.
+        width: of the feature files that records name; one of another width is a broken record. None = any.
 
     Raises:
         ValueError: an unknown text, a negative seed; on access in training, if 20 attempts in a row met broken records.
@@ -73,9 +74,11 @@ class RecordDataset(Dataset[Sample]):
         seed: int,
         augment: bool,
         text: str,
-        clean: bool,
+        cleaning: str = "blip",
+        max_words: int = MAX_WORDS,
         in_order: bool = False,
         features: FeatureCache | None = None,
+        width: int | None = None,
     ):
         if text not in CLEANERS:
             raise ValueError(f"text={text!r}: expected one of {', '.join(CLEANERS)}")
@@ -87,7 +90,8 @@ class RecordDataset(Dataset[Sample]):
         self.seed = seed
         self.augment = augment
         self.text = text
-        self.clean = clean
+        self.cleaning, self.max_words = cleaning, max_words
+        self.width = width
         self.in_order = in_order
         self.features = features
         self._warned: set[str] = set()
@@ -131,7 +135,7 @@ class RecordDataset(Dataset[Sample]):
         text = self._choose_text(record, rng)
         draw = rng if self.augment else None
         if self.features is None:
-            (image,) = load_input(record, self.transform, [draw])
+            (image,) = load_input(record, self.transform, [draw], self.width)
         else:
             crops = self.features.manifest.views - 1
             image = self.features.read(
@@ -146,7 +150,7 @@ class RecordDataset(Dataset[Sample]):
         if rng is not None and self.text == "question" and not record.answers:
             raise BrokenRecord(record.image, "the record has no answers")
         text = choices[0 if rng is None else int(rng.integers(len(choices)))] if choices else ""
-        text = CLEANERS[self.text](text) if self.clean else text
+        text = CLEANERS[self.text](text, self.max_words, self.cleaning)
         if not text.strip():
             raise BrokenRecord(record.image, f"the record has no {self.text}, or an empty one")
         return text
@@ -158,22 +162,24 @@ class RecordDataset(Dataset[Sample]):
 
 
 def load_input(
-    record: Record, transform: ImageTransform | None, draws: Sequence[np.random.Generator | None]
+    record: Record,
+    transform: ImageTransform | None,
+    draws: Sequence[np.random.Generator | None],
+    width: int | None = None,
 ) -> list[Tensor]:
     """A record as an encoder takes it: pixels float[3, S, S], one for each of `draws` (None = the whole picture).
 
     Without a transform the features float[N, Dv] of its file, once.
 
-    Raises:
-        BrokenRecord: it cannot be read, or holds bytes where a feature file is expected.
+    Raises: BrokenRecord when it cannot be read, has features of another width, or holds bytes where a feature file is expected.
     """
     record.require_sound()
     if transform is not None:
-        image = load_image(record)
+        image = load_image(record, transform.max_pixels)
         return [transform.apply(image, draw) for draw in draws]
     if record.image_bytes is not None:
         raise BrokenRecord(record.image, "the record holds bytes; expected the path of a feature file")
-    return [load_features(record.image)]
+    return [load_features(record.image, width)]
 
 
 def _describe(record: Record, image: Tensor | None, text: str, dropped: tuple[str, ...] = ()) -> Sample:

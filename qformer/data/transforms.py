@@ -1,64 +1,158 @@
-"""From a file to a tensor: pictures of every kind to RGB, RGB to normalised pixels, feature files to float32."""
+"""From a file to a tensor: images of every kind to RGB, RGB to normalised pixels, feature files to float32."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from qformer.data.records import BrokenRecord, Record
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks beside the pixels that PIL refuses where they are long
 
 
-def load_image(record: Record) -> Image.Image:
-    """Decode the picture of a record, the first frame of an animated one, to upright 8-bit RGB.
+def load_image(image: Record | Image.Image, max_pixels: int | None = None) -> Image.Image:
+    """Decode the image of a record, or one that PIL has opened, to upright 8-bit RGB: both give the same pixels.
 
-    Raises:
-        BrokenRecord: a file that is missing, empty, truncated or no picture; one of more than `Image.MAX_IMAGE_PIXELS`.
+    Of an animated image the first frame, or the one that PIL stands at.
+
+    Args:
+        max_pixels: `data.max_pixels`; larger images are broken records, because few bytes can unpack to gigabytes. None
+            is PIL's own bound, `Image.MAX_IMAGE_PIXELS`.
+
+    Raises: BrokenRecord when a file is missing, empty, truncated or no image, or has more than `max_pixels`.
     """
+    limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
+    name = image.image if isinstance(image, Record) else getattr(image, "filename", "") or "the image"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(record.image if record.image_bytes is None else io.BytesIO(record.image_bytes)) as image:
-                image.load()
-                return to_rgb(image)
+        with _pixel_limit(None):
+            if isinstance(image, Image.Image):
+                return _decode(image, limit)
+            try:
+                with Image.open(image.image if image.image_bytes is None else io.BytesIO(image.image_bytes)) as file:
+                    return _decode(file, limit)
+            except ValueError:  # of a long text in a PNG too, which is no reason to lose the image
+                content = _without_texts(image)
+                if content is None:
+                    raise
+                with Image.open(io.BytesIO(content)) as file:
+                    return _decode(file, limit)
     except MemoryError:
         raise
     except Exception as error:  # the decoders raise every kind of exception on damaged bytes
-        raise BrokenRecord(record.image, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise BrokenRecord(str(name), f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _decode(image: Image.Image, limit: int | None) -> Image.Image:
+    pixels = image.width * image.height
+    if limit is not None and pixels > limit:
+        raise Image.DecompressionBombError(
+            f"{image.width} x {image.height} = {pixels} pixels are more than {limit}; "
+            "set data.max_pixels higher if the images can be trusted"
+        )
+    return to_rgb(image)
+
+
+def _without_texts(record: Record) -> bytes | None:
+    """The bytes of a PNG without its texts and colour profile; None if it is none or has none."""
+    content = record.image_bytes
+    if content is None:
+        with open(record.image, "rb") as file:
+            content = file.read()
+    if not content.startswith(PNG):
+        return None
+    parts, at = [PNG], len(PNG)
+    while at + 12 <= len(content):  # length, kind, data, checksum
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        if content[at + 4 : at + 8] not in PNG_TEXTS:
+            parts.append(content[at:end])
+        at = end
+    shorter = b"".join(parts)
+    return shorter if len(shorter) < len(content) else None
+
+
+@contextlib.contextmanager
+def _pixel_limit(limit: int | None) -> Iterator[None]:
+    """PIL's own bound on pixels for a while; it is a global of PIL's."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, limit
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture upright by its EXIF tag and convert it to RGB: 16-bit scaled to 8, transparency over white.
+    """Turn an image upright by its EXIF tag and convert it to RGB: integers scaled to 8 bits, transparency over white.
 
-    Raises:
-        ValueError: floating-point pixels, whose range is not known.
+    Integers of 16 or 32 bits are scaled by the fewest bits that hold the largest of them: cameras and scanners write 10,
+    12 or 14 bits into 16.
+
+    Raises: ValueError when pixels are floating-point, whose range is not known.
     """
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image.load()  # some formats turn the image themselves, or know its tags only now
+    method = UPRIGHT.get(_orientation(image))
     if image.mode == "F":
         raise ValueError("floating-point pixels of unknown range; expected 8 or 16 bits")
-    if image.mode.startswith("I"):  # convert() would clip 16 bits at 255 instead of scaling them
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if image.mode.startswith("I"):  # convert() would clip at 255 instead of scaling
+        rgb = _scale_integers(image)
     elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        straight = image.convert("RGBA" if image.mode == "RGBa" else "LA") if image.mode in ("RGBa", "La") else image
+        layered = straight.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
+    elif image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        rgb = ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
+    else:
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if method is not None:
+        rgb = rgb.transpose(method)
+    if rgb is not image:
+        rgb.info = {}  # else it would be turned once more
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    """How an image lies by EXIF, 1 to 8; 1 (upright) where its tags cannot be read. Other tags do not matter."""
+    try:
+        value = image.getexif().get(EXIF_ORIENTATION, 1)
+        return int(value[0] if isinstance(value, bytes | tuple | list) else value)
+    except Exception:  # tags of wrong types raise every kind of exception
+        return 1
+
+
+def _scale_integers(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image).astype(np.int64).clip(0)
+    full = (1 << int(levels.max()).bit_length()) - 1 or 1
+    gray = (levels * 255 + full // 2) // full
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray[levels == transparent] = 255
+    return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """The picture an encoder expects: resized to a square (no centre crop, as BLIP-2 does) and normalised.
+    """The image an encoder expects: resized to a square (no centre crop, as BLIP-2 does) and normalised.
 
     Args:
         size: side in pixels.
@@ -66,7 +160,8 @@ class ImageTransform:
         std: per channel.
         interpolation: "bicubic" or "bilinear", always by PIL.
         crop_scale: share of the area that a random crop keeps, smallest and largest.
-        flip: mirror every second picture at random, in training only.
+        flip: mirror every second image at random, in training only.
+        max_pixels: larger images are broken records, see `load_image`.
 
     Raises:
         ValueError: a size below 1, an unknown interpolation, a crop_scale outside 0 < smallest <= largest <= 1.
@@ -80,6 +175,7 @@ class ImageTransform:
     interpolation: str = "bicubic"
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -90,11 +186,11 @@ class ImageTransform:
             raise ValueError(f"crop_scale={self.crop_scale}: expected 0 < smallest <= largest <= 1")
 
     def apply(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-        """Return the pixels, float[3, S, S]: the whole picture without `rng`, a random crop and flip with it."""
-        if image.mode != "RGB":
-            image = to_rgb(image)
+        """Return the pixels, float[3, S, S]: the whole image without `rng`, a random crop and flip with it."""
+        image = to_rgb(image)
         if rng is not None:
-            image = image.crop(_random_box(*image.size, self.crop_scale, rng))
+            with _pixel_limit(None):  # it has been decoded
+                image = image.crop(_random_box(*image.size, self.crop_scale, rng))
             if self.flip and rng.random() < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if image.size != (self.size, self.size):
@@ -122,20 +218,24 @@ def _random_box(
     return left, top, left + w, top + h
 
 
-def load_features(path: str) -> Tensor:
+def load_features(path: str, width: int | None = None) -> Tensor:
     """Read precomputed features, float[N, Dv], from a .npy file or a .safetensors file with one tensor.
 
-    Raises:
-        BrokenRecord: a file that is missing, unreadable or of another kind; not exactly one tensor; a tensor that is
-            not floating-point, not two-dimensional or empty; a value that is not finite.
+    Args:
+        width: the Dv that is expected; None = any.
+
+    Raises: BrokenRecord when a file is missing, unreadable or of another kind; holds not exactly one tensor, or one that
+        is not floating-point, not two-dimensional, empty or of another width; when a value is not finite.
     """
     try:
         features = _read_tensor(path)
     except (OSError, EOFError, ValueError) as error:
         raise BrokenRecord(path, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     if features.ndim != 2 or features.numel() == 0 or not features.is_floating_point():
-        found = f"{str(features.dtype).removeprefix('torch.')}{list(features.shape)}"
-        raise BrokenRecord(path, f"the tensor is {found}; expected float[N, Dv], neither 0")
+        kind = f"{str(features.dtype).removeprefix('torch.')}{list(features.shape)}"
+        raise BrokenRecord(path, f"the tensor is {kind}; expected float[N, Dv], neither 0")
+    if width is not None and features.shape[1] != width:
+        raise BrokenRecord(path, f"its features have width {features.shape[1]}; expected encoder.width={width}")
     features = features.float()
     if not features.isfinite().all():
         raise BrokenRecord(path, "the tensor has values that are NaN or infinite")
