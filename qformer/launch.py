@@ -9,14 +9,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.tracking import get_available_trackers
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-from qformer.config import Stage1Config, Stage2Config
-from qformer.distributed import leave_group, lost_rank, take_over_sharding
+    from qformer.config import Stage1Config, Stage2Config
 
 logger = logging.getLogger(__name__)
 SAME_SIGNAL_S = 3.0
@@ -39,8 +37,11 @@ def reported_errors() -> Iterator[None]:
     """
     try:
         yield
-        if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
-            atexit.register(leave_group)
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.distributed.is_initialized():
+            from qformer.distributed import leave_group
+
+            atexit.register(leave_group)  # its threads must not outlive the interpreter
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("QFORMER_TRACEBACK"):
             raise
@@ -50,6 +51,8 @@ def reported_errors() -> Iterator[None]:
         print(f"error: {said}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
+        from qformer.distributed import lost_rank
+
         reason = lost_rank(error)
         if reason is None or os.environ.get("QFORMER_TRACEBACK"):
             raise
@@ -57,12 +60,18 @@ def reported_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def start_accelerator(config: Stage1Config | Stage2Config) -> Accelerator:
+def start_accelerator(config: "Stage1Config | Stage2Config") -> "Accelerator":
     """The Accelerator of this run: device, precision, trackers; the CPU where there is no accelerator.
 
     Raises: ValueError when several processes were launched but each would train alone, the precision does not fit, or a
         tracker is not installed.
     """
+    import torch  # here and not above: scoring a file of answers needs neither
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.tracking import get_available_trackers
+
+    from qformer.distributed import take_over_sharding
+
     cpu = config.train.cpu or not torch.accelerator.is_available()
     if cpu and config.train.mixed_precision == "fp16":
         raise ValueError("train.mixed_precision=fp16 needs a GPU; use bf16 or no on a CPU")

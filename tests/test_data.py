@@ -87,7 +87,7 @@ def test_records_of_several_files(tmp_path):
     assert len(records) == 3
     assert records[0] == Record(str(tmp_path / "a/1.jpg"), "7", ("one", "two"))
     assert records[1] == Record("/abs/2.jpg", "/abs/2.jpg", ("three",))
-    assert records[-1] == Record(str(tmp_path / "3.jpg"), str(tmp_path / "3.jpg"), (), "q?", ("x", "y"), "5", "how")
+    assert records[-1] == Record(str(tmp_path / "3.jpg"), str(tmp_path / "3.jpg"), (), "q?", ("x", "y"), 5, "how")
     assert [record.image_id for record in pickle.loads(pickle.dumps(records))][0::2] == [
         "7",
         str(tmp_path / "3.jpg"),

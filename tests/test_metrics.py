@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qformer.metrics import normalize_answer, recall_at_k, score_vqa, vqa_accuracy
+from qformer.metrics import RULES, normalize_answer, recall_at_k, score_vqa, vqa_accuracy
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def ten(**counts: int) -> list[str]:
     ],
 )
 def test_vqa_accuracy_leaves_each_of_ten_people_out(matches, expected):
-    for rule in ("official", "always"):
+    for rule in RULES:
         assert vqa_accuracy("cat", ten(cat=matches), rule) == pytest.approx(expected)
 
 
 def test_normalising_rules_differ_only_where_all_ten_agree():
     agreed = ["the cat"] * 10
-    assert vqa_accuracy("cat", agreed) == 0  # official: equal answers are compared as they are
+    assert vqa_accuracy("cat", agreed) == 0  # official-2021: equal answers are compared as they are
     assert vqa_accuracy("cat", agreed, "always") == 1
     assert vqa_accuracy(" the\ncat ", agreed) == 1  # white space is always tidied
     # Nine "the cat" and one other: both sides are normalised, nine matches.

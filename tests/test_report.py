@@ -17,7 +17,7 @@ from qformer.config import Stage1Config, Stage2Config, load_config
 
 
 def result(image, said, truth, kind="colour", question="what colour is it?"):
-    return {"image": str(image), "question": question, "said": said, "answers": [truth], "question_type": kind}
+    return {"image": str(image), "question": question, "answer": said, "answers": [truth], "question_type": kind}
 
 
 SCORE = {"overall": 50.0, "by_type": {"colour": 40.0, "shape": 60.0}, "n": 20}
@@ -74,7 +74,7 @@ def test_examples_mix_kinds_and_failures_on_different_pictures():
     chosen = choose_examples(results, count=12, failures=3)
     assert len(chosen) == 12
     assert len({r["image"] for r in chosen}) == 12
-    assert sum(r["said"] == "no" for r in chosen) == 3
+    assert sum(r["answer"] == "no" for r in chosen) == 3
     assert {r["question_type"] for r in chosen} == set(kinds)
     assert choose_examples(results[:1]) == results[:1]
 
@@ -119,7 +119,7 @@ def test_commands_load_as_configs(tmp_path):
     assert scaled.train.max_steps == STAGE2_STEPS["t5"] // 100
 
     part = Recipe().evaluation(tmp_path / "s2", "oracle_caption", tmp_path / "answers.json")
-    assert part.command[-4:] == ["--mode", "told", "--json", str(tmp_path / "answers.json")]
+    assert part.command[-4:] == ["--mode", "oracle-caption", "--json", str(tmp_path / "answers.json")]
     (tmp_path / "answers.json").write_text('{"cut off')
     assert not part.finished()
 

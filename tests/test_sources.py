@@ -150,7 +150,7 @@ def test_a_tar_says_what_a_record_can_hold(tmp_path):
         records = read_records([str(tmp_path / "x.tar")])
         assert len(records) == 3
         assert [number_of(r) for r in records] == [1, 2, 3]
-        assert (records[0].question, records[0].answers, records[0].question_id) == ("q?", ("a", "b"), "3")
+        assert (records[0].question, records[0].answers, records[0].question_id) == ("q?", ("a", "b"), 3)
         assert (records[1].captions, records[2].captions) == (("x", "y"), ("grün",))
         assert records[2].image == f"{tmp_path}/x.tar#{long}"
         assert len({r.image_id for r in records}) == 3

@@ -355,7 +355,7 @@ def test_ranks_stop_together_though_only_one_is_told_to(tiny, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("qformer.launch.get_available_trackers", list)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     with pytest.raises(ValueError, match=r"run\.trackers: tensorboard cannot be imported here"):
         start_accelerator(load_config(Stage1Config, tiny.stage1(tmp_path, "run.trackers=[tensorboard]")))
 

@@ -251,7 +251,7 @@ def read_answers(path: Path) -> dict[str, Any]:
 def score_of(answers: Path) -> dict[str, Any]:
     """A cell of the results: overall accuracy, accuracy by kind of question, number of questions."""
     found = read_answers(answers)
-    return {key: found[key] for key in ("overall", "by_type", "n")}
+    return {"overall": found["scores"]["overall"], "by_type": found["by_type"], "n": found["n"]}
 
 
 def average(scores: Mapping[int, dict[str, Any]]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ STAGE1, STAGE2 = "configs/shapes/stage1.yaml", "configs/shapes/stage2.yaml"
 DATA = Path("runs/shapes")  # where the configs look for the records
 FEATURES = "features"  # the cache of an experiment, beside its runs
 MODES = {
-    "text_only": "blind",
-    "oracle_caption": "told",
-    "stage2_only": "picture",
-    "stage1_2": "picture",
+    "text_only": "text-only",
+    "oracle_caption": "oracle-caption",
+    "stage2_only": "image",
+    "stage1_2": "image",
 }  # of stages/evaluate.py
 LAUNCHER = "accelerate.commands.launch"
 STAGE2_STEPS = {"t5": 2000}  # it is asked for less of a caption at a time; others take the config's own number

@@ -100,7 +100,7 @@ def choose_examples(results: Sequence[dict[str, Any]], count: int = 24, failures
 
 def is_right(result: dict[str, Any]) -> bool:
     """Whether an answer counts in full by the VQA accuracy of the table."""
-    return vqa_accuracy(result["said"], list(result["answers"])) >= 1
+    return vqa_accuracy(result["answer"], list(result["answers"])) >= 1
 
 
 def duration(seconds: float) -> str:
@@ -153,7 +153,7 @@ def _examples(examples: Sequence[dict[str, Any]]) -> str:
         right, truth = is_right(example), " / ".join(dict.fromkeys(example["answers"]))
         cards.append(
             f'<figure class="{"right" if right else "wrong"}"><img alt="a held-out picture" src="{_data_uri(example["image"])}">'
-            f"<figcaption>{escape(example['question'])}<br>said: <span class=said>{escape(example['said']) or '(nothing)'}"
+            f"<figcaption>{escape(example['question'])}<br>answer: <span class=said>{escape(example['answer']) or '(nothing)'}"
             f" {'✓' if right else '✗ wrong'}</span><br><span class=soft>truth: {escape(truth)}</span></figcaption></figure>\n"
         )
     return (

@@ -1,13 +1,18 @@
 """Records, their order, their pictures and their batches."""
 
-from qformer.data.cache import FeatureCache, Manifest, differences
-from qformer.data.caching import CacheWriter
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qformer.data.captions import clean_caption, clean_question
-from qformer.data.loading import Batch, RecordDataset, Sample, collate, evaluation_loader, training_loader
-from qformer.data.order import Draw, GlobalBatches, Mixture, Order, build_order, derive_seed
 from qformer.data.records import BrokenRecord, Record, Records
 from qformer.data.sources import read_records
-from qformer.data.transforms import ImageTransform, load_features, load_image, to_rgb
+
+if TYPE_CHECKING:
+    from qformer.data.cache import FeatureCache, Manifest, differences
+    from qformer.data.caching import CacheWriter
+    from qformer.data.loading import Batch, RecordDataset, Sample, collate, evaluation_loader, training_loader
+    from qformer.data.order import Draw, GlobalBatches, Mixture, Order, build_order, derive_seed
+    from qformer.data.transforms import ImageTransform, load_features, load_image, to_rgb
 
 __all__ = [
     "Batch",
@@ -37,3 +42,13 @@ __all__ = [
     "to_rgb",
     "training_loader",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use what needs torch: records are read without it."""
+    if name in __all__:
+        for module in ("cache", "caching", "loading", "order", "transforms"):
+            place = importlib.import_module(f"qformer.data.{module}")
+            if name in vars(place):
+                return vars(place)[name]
+    raise AttributeError(f"module 'qformer.data' has no attribute {name!r}")

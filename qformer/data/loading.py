@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     image_id: str
     answers: tuple[str, ...] = ()
     question: str | None = None
-    question_id: str | None = None
+    question_id: str | int | None = None
     question_type: str | None = None
     captions: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
@@ -212,7 +212,7 @@ class Batch:
     image_ids: list[str]
     answers: list[tuple[str, ...]]
     questions: list[str | None]
-    question_ids: list[str | None]
+    question_ids: list[str | int | None]
     question_types: list[str | None]
     captions: list[tuple[str, ...]]
     dropped: list[str]

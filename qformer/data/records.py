@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,6 +38,7 @@ class Record:
     Args:
         image: absolute path, or "SOURCE#ROW" where the picture travels inside the source (`image_bytes`).
         image_id: equal for records of the same picture; by default the path, or a hash of the bytes.
+        question_id: of the type that the source has: servers want their numbers back.
         problem: why the source could not give this record.
     """
 
@@ -46,7 +47,7 @@ class Record:
     captions: tuple[str, ...] = ()
     question: str | None = None
     answers: tuple[str, ...] = ()
-    question_id: str | None = None
+    question_id: str | int | None = None
     question_type: str | None = None
     image_bytes: bytes | None = field(default=None, repr=False)
     problem: str | None = None
@@ -100,6 +101,10 @@ class Records:
         number = int(np.searchsorted(self._ends, position, side="right"))
         return self._tables[number].read(int(position - (self._ends[number - 1] if number else 0)))
 
+    def text(self, index: int) -> Record:
+        """The record without the bytes of its image, so that all of them fit in memory."""
+        return replace(self[index], image_bytes=None)
+
     def first_of_each_picture(self) -> dict[str, int]:
         """The first record of every `image_id`, in order; reads the pictures that travel inside the sources.
 
@@ -134,8 +139,8 @@ def build_record(identity: Identity, fields: Mapping[str, Any]) -> Record:
         image_id=identity.image_id,
         captions=_strings(fields.get("caption")),
         question=fields.get("question"),
-        answers=_strings(fields.get("answers")),
-        question_id=_string(fields.get("question_id")),
+        answers=_answers(fields.get("answers")),
+        question_id=fields.get("question_id"),
         question_type=_string(fields.get("question_type")),
         image_bytes=identity.content,
     )
@@ -143,6 +148,13 @@ def build_record(identity: Identity, fields: Mapping[str, Any]) -> Record:
 
 def _string(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def _answers(value: str | list[str | None] | None) -> tuple[str, ...]:
+    """One entry per person: an empty answer counts too."""
+    if isinstance(value, str):
+        return (value,) if value else ()
+    return tuple(text for text in value or [] if text is not None)
 
 
 def _strings(value: str | list[str | None] | None) -> tuple[str, ...]:

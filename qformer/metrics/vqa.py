@@ -3,19 +3,23 @@
 When answers are normalised moves the score by ten points (the same TextVQA answers score 49.1, 59.2 or 61.3), so the
 rule has a name that belongs beside every reported number:
 
-| `normalize` | both sides go through `normalize_answer` | as in |
-|---|---|---|
-| "official" | only when the ten answers differ | the VQA evaluation tool since March 2021 |
-| "always" | always | TextVQA and most later code |
+| `rule` | the prediction is normalised | the people's answers are | as in |
+|---|---|---|---|
+| "official-2021" | only when the answers differ | only when they differ | the VQA evaluation tool since March 2021 |
+| "official-2017" | always | lose their punctuation, only when they differ | the tool before, and LAVIS |
+| "always" | always | always | TextVQA and most later code |
 
-Source: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py.
+A single reference, as POPE and DAQUAR have, always counts as normalised on both sides: it never differs from another,
+and under the official rules "Yes" would be wrong for "yes".
+
+Source: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py; LAVIS, lavis/common/vqa_tools/vqa_eval.py.
 """
 
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-NORMALIZE_RULES = ("official", "always")
+RULES = ("official-2021", "official-2017", "always")
 
 _PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
 # The tool's lookbehind is misspelt ("(?!<=\d)") and excludes nothing: a period goes unless a digit follows it.
@@ -58,7 +62,7 @@ class VqaScore:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case an answer, drop articles and punctuation, write numbers as digits and mend contractions.
+    """Lower-case an answer, drop articles and punctuation, write numbers as digits and fix contractions.
 
     A punctuation mark becomes a space, or nothing where the answer has it next to a space anywhere or has a comma
     between digits. Apostrophes and colons stay.
@@ -69,28 +73,24 @@ def normalize_answer(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def vqa_accuracy(prediction: str, answers: list[str], normalize: str = "official") -> float:
+def vqa_accuracy(prediction: str, answers: list[str], rule: str = RULES[0]) -> float:
     """Mean over the answers, each left out in turn, of min(1, matches among the others / 3), in [0, 1].
 
     Fewer than ten answers count as if repeated evenly to ten, so a single one scores 0 or 1; the bare formula would
     cap the score of a record with three answers at 2/3.
 
     Args:
-        prediction: what the model said.
-        answers: what people said, one entry per person: equal answers are not one answer.
-        normalize: "official" or "always", see the module's table.
+        prediction: the model's answer.
+        answers: the people's answers, one entry per person, empty ones too: equal answers are not one answer.
+        rule: when both sides are normalised, see the module's table.
 
-    Raises:
-        ValueError: `answers` is empty.
-        ValueError: `normalize` is neither rule.
+    Raises: ValueError when `answers` is empty, or there is no such rule.
     """
-    if normalize not in NORMALIZE_RULES:
-        raise ValueError(f"normalize={normalize!r}: expected one of {', '.join(NORMALIZE_RULES)}")
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r}: expected one of {', '.join(RULES)}")
     if not answers:
         raise ValueError("answers=[]: expected at least one answer; drop questions without a reference before scoring")
-    prediction, answers = _tidy(prediction), [_tidy(answer) for answer in answers]
-    if normalize == "always" or len(set(answers)) > 1:
-        prediction, answers = normalize_answer(prediction), [normalize_answer(answer) for answer in answers]
+    prediction, answers = _normalise(_tidy(prediction), [_tidy(answer) for answer in answers], rule)
     people = max(10, len(answers))
     matches = answers.count(prediction) * people / len(answers)
     # Leaving out one of the matching answers leaves one match fewer; leaving out any other leaves them all.
@@ -98,7 +98,7 @@ def vqa_accuracy(prediction: str, answers: list[str], normalize: str = "official
 
 
 def score_vqa(
-    predictions: list[str], answers: list[list[str]], types: list[str] | None = None, normalize: str = "official"
+    predictions: list[str], answers: list[list[str]], types: list[str] | None = None, rule: str = RULES[0]
 ) -> VqaScore:
     """Average `vqa_accuracy` over questions, and over the questions of each type.
 
@@ -106,11 +106,9 @@ def score_vqa(
         predictions: one per question.
         answers: the people's answers to each question.
         types: the kind of each question, such as "yes/no", "number", "other"; None for no breakdown.
-        normalize: "official" or "always", see the module's table.
+        rule: when answers are normalised, see the module's table.
 
-    Raises:
-        ValueError: there are no questions.
-        ValueError: the lists differ in length.
+    Raises: ValueError when there are no questions, or the lists differ in length.
     """
     if not predictions:
         raise ValueError("predictions=[]: expected at least one; check the split that was evaluated")
@@ -119,7 +117,7 @@ def score_vqa(
             raise ValueError(
                 f"{name} has {len(values)} entries for {len(predictions)} predictions: give one per question"
             )
-    accuracies = [vqa_accuracy(*pair, normalize=normalize) for pair in zip(predictions, answers, strict=True)]
+    accuracies = [vqa_accuracy(*pair, rule=rule) for pair in zip(predictions, answers, strict=True)]
     groups: dict[str, list[float]] = defaultdict(list)
     for kind, accuracy in zip(types or [], accuracies, strict=types is not None):
         groups[kind].append(accuracy)
@@ -129,6 +127,15 @@ def score_vqa(
         n=len(accuracies),
         n_by_type={kind: len(values) for kind, values in groups.items()},
     )
+
+
+def _normalise(prediction: str, answers: list[str], rule: str) -> tuple[str, list[str]]:
+    if rule == "always" or len(answers) == 1:
+        return normalize_answer(prediction), [normalize_answer(answer) for answer in answers]
+    differ = len(set(answers)) > 1
+    if rule == "official-2017":
+        return normalize_answer(prediction), [_strip_punctuation(a) for a in answers] if differ else answers
+    return (normalize_answer(prediction), [normalize_answer(a) for a in answers]) if differ else (prediction, answers)
 
 
 def _tidy(text: str) -> str:

@@ -3,7 +3,7 @@
     python -m qformer.shapes.write runs/shapes
 
 leaves `train.jsonl` (pictures with captions, never a question), `validation.jsonl` (held-out scenes with captions) and
-`questions.jsonl` (held-out scenes with questions, equally many of each type, and the caption for the "told" row).
+`questions.jsonl` (held-out scenes with questions, equally many of each type, and the caption for the row "oracle caption").
 """
 
 import argparse

@@ -1,0 +1,123 @@
+"""A loaded model over records: all ranks, workers that read images, one batch of images at a time, resumable."""
+
+import datetime
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from qformer.data import BrokenRecord, Record, Records
+from qformer.data.loading import load_input, start_worker
+from qformer.data.transforms import ImageTransform
+from qformer.distributed import gather_objects
+from qformer.evaluation.outputs import OutputFile
+from qformer.evaluation.task import WITH_IMAGE, Task
+from qformer.inference import load
+
+GATHER_TIMEOUT = datetime.timedelta(hours=6)  # a rank that is done waits for the slowest
+
+
+class Images(Dataset[tuple[int, Tensor | str]]):
+    """The image of each of the `indices`, float[3, S, S] or features float[N, Dv]; a str is why it cannot be read."""
+
+    def __init__(self, records: Records, indices: Sequence[int], transform: ImageTransform | None):
+        self.records, self.indices, self.transform = records, indices, transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor | str]:
+        index = self.indices[position]
+        try:
+            return index, load_input(self.records[index], self.transform, [None])[0]
+        except BrokenRecord as broken:
+            return index, str(broken)
+
+
+def start_ranks(device: str | None) -> PartialState:
+    """This process among those that were launched, alone without a launcher.
+
+    Raises: ValueError when several processes were launched that cannot find each other.
+    """
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=GATHER_TIMEOUT)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched but this one sees {state.num_processes}: each would answer "
+            "everything. On CPUs launch with: accelerate launch --multi_gpu --num_processes 2 ... --device cpu"
+        )
+    return state
+
+
+def compute_outputs(
+    adapter: str, task: Task, records: Records, texts: Sequence[Record], *,
+    mode: str, file: OutputFile | None, batch_size: int, workers: int, device: str | None, generation: dict[str, Any],
+) -> tuple[list[Any], list[str]] | None:  # fmt: skip
+    """The output for each of `texts`, None where the image cannot be read, and why; None on ranks but the first.
+
+    Args:
+        texts: the first of `records`, without the bytes of their images.
+        file: where outputs are kept while they are computed, and those of an earlier try taken from.
+
+    Raises: ValueError when the adapter cannot be loaded, or the file was made of something else.
+    """
+    state = start_ranks(device)
+    outputs = file.load() if file else {}
+    state.wait_for_everyone()  # all ranks read the same before one writes
+    broken = {i: str(BrokenRecord(r.image, r.problem)) for i, r in enumerate(texts) if r.problem is not None}
+    todo = [i for i in range(len(texts)) if i not in outputs and i not in broken]
+    if todo:
+        model = load(adapter, device=device or (str(state.device) if state.num_processes > 1 else None))
+        mine = todo[state.process_index :: state.num_processes]
+        if file:
+            file.begin(state.process_index)
+        batches = _with_images(records, mine, model.transform, batch_size, workers) if mode == WITH_IMAGE else None
+        total = -(-len(mine) // batch_size)
+        hidden = not (state.is_main_process and sys.stderr.isatty())
+        for batch in track(batches or _without(mine, batch_size), "answering", total, disable=hidden):
+            images = _shared(batch, texts) if batches else None
+            asked = [i for i, image in batch if not isinstance(image, str)]
+            broken |= {i: image for i, image in batch if isinstance(image, str)}
+            if asked:
+                answered = task.ask(model, [texts[i] for i in asked], images, mode, **generation)
+                fresh = dict(zip(asked, answered, strict=True))
+                outputs |= fresh
+                if file:
+                    file.append(fresh)
+    for others, reasons in gather_objects((outputs, broken)):
+        outputs |= others
+        broken |= reasons
+    if not state.is_main_process:
+        return None
+    if file:
+        file.save(outputs)
+    return [outputs.get(i) for i in range(len(texts))], [broken[i] for i in sorted(broken)]
+
+
+def _with_images(
+    records: Records, indices: Sequence[int], transform: ImageTransform | None, batch_size: int, workers: int
+) -> DataLoader:
+    """Batches of (index, image); a worker reads no further than one batch ahead."""
+    workers = min(workers, -(-len(indices) // batch_size))
+    return DataLoader(
+        Images(records, indices, transform), batch_size, num_workers=workers, collate_fn=list,
+        worker_init_fn=start_worker, prefetch_factor=1 if workers else None, generator=torch.Generator(),
+    )  # fmt: skip
+
+
+def _without(indices: Sequence[int], batch_size: int) -> Iterator[list[tuple[int, None]]]:
+    for start in range(0, len(indices), batch_size):
+        yield [(i, None) for i in indices[start : start + batch_size]]
+
+
+def _shared(batch: list[tuple[int, Tensor | str]], texts: Sequence[Record]) -> list[Tensor]:
+    """The images that could be read; records of one file get one tensor, which is then encoded once."""
+    first: dict[str, Tensor] = {}
+    return [first.setdefault(texts[i].image, image) for i, image in batch if not isinstance(image, str)]

@@ -1,0 +1,64 @@
+"""What a task is: what a record needs, what the model is asked, which metric, and how official files name it all."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qformer.data import Record
+
+WITH_IMAGE = "image"  # the mode in which images are read
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The numbers of a task over `n` records.
+
+    Args:
+        values: by the names that the metric's official tool gives them.
+        rule: the rule or tokenizer by which they were computed: without it a number says little.
+        unit: what the values are, for the printed line.
+        groups: the first value over the records of one kind, and how many there are.
+        others: the first value by the other rules.
+        warnings: what a reader of the numbers has to know.
+    """
+
+    values: dict[str, float]
+    n: int
+    rule: str
+    unit: str
+    groups: dict[str, tuple[float, int]] = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of evaluation. Outputs are what JSON can hold: they go to the file of answers and into official results.
+
+    Args:
+        id_field: the field of `Record` that names a record in official results, where it is "question_id" or alike.
+        output_field: what official results call an output, as "answer".
+        modes: what the model may be given, `WITH_IMAGE` for images; the first is the default.
+        rules: names of the metric's rules, the first is the default.
+        lacks: what a record lacks to be asked in a mode, in words; None = nothing.
+        has_reference: whether an output for the record can be scored.
+        ask: the outputs of a `VisionLanguageModel` for records in a mode; images are as `VisionLanguageModel.read`
+            returns them, one a record, None in modes without; keywords go to `generate`.
+        score: outputs of records that all have references, by a rule.
+        describe: what a result shows beside its id and output.
+    """
+
+    id_field: str
+    output_field: str
+    modes: tuple[str, ...]
+    rules: tuple[str, ...]
+    lacks: "Callable[[Record, str], str | None]"
+    has_reference: "Callable[[Record], bool]"
+    ask: Callable[..., list[Any]]  # (model, records, images, mode, **generation)
+    score: "Callable[[Sequence[Record], Sequence[Any], str], Scores]"
+    describe: "Callable[[Record], dict[str, Any]]"
+
+    def identify(self, record: "Record") -> Any:
+        """The id of a record in official results, of the type that its source has; None = it has none."""
+        return getattr(record, self.id_field)
