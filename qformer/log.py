@@ -220,7 +220,7 @@ def gradient_norms(adapter: nn.Module, total: float, clip_norm: float) -> dict[s
         if parameter.grad is not None:
             part = next(part for part, pattern in PARTS.items() if re.search(pattern, name))
             squares.setdefault(part, []).append(parameter.grad.float().square().sum())
-    if not squares:  # DeepSpeed keeps the gradients to itself
+    if not squares:  # before a backward pass
         return {}
     norms = torch.stack([torch.stack(of_part).sum() for of_part in squares.values()]).sqrt().tolist()
     clipped_by = max(1.0, (total + 1e-6) / clip_norm)  # as torch clips

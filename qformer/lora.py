@@ -1,7 +1,6 @@
 """LoRA by peft, put into a model in place: the model is used as before, and what learns lies in a folder of PEFT's."""
 
 import difflib
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -59,10 +58,8 @@ def add_lora(
         rank: of each product; it is scaled by alpha / rank.
         targets: linear layers, by the ends of their names ("q_proj"); empty = all of the blocks.
 
-    Raises: ValueError when peft is not installed, or a target is no linear layer of the blocks.
+    Raises: ValueError when a target is no linear layer of the blocks.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("LoRA needs peft, which is not installed: pip install 'qformer[lora]', or set tune.* to no")
     from peft import LoraConfig, get_peft_model
 
     linear = _linear_layers(model, blocks)

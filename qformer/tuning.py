@@ -65,7 +65,7 @@ def require_tunable(config: Config) -> None:
 def add_trainable(model: Model, config: Config) -> None:
     """Make learn what `tune.*` names, and compute again what `train.gradient_checkpointing` names.
 
-    Raises: ValueError when LoRA's targets do not fit, or peft is not installed.
+    Raises: ValueError when LoRA's targets do not fit.
     """
     tune = config.tune
     lora: dict[str, Any] = {"rank": tune.lora_rank, "alpha": tune.lora_alpha, "targets": tune.lora_targets}

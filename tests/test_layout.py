@@ -91,7 +91,7 @@ def test_no_room_is_too_large(file):
 
 
 def test_no_tensor_arithmetic_and_no_long_main_in_stages():
-    for path in (REPO / "stages").glob("*.py"):
+    for path in (REPO / "stages").glob("[a-z]*.py"):
         tree = ast.parse(path.read_text())
         (main,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
         assert main.end_lineno - main.lineno < 90, path.name

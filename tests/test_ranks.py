@@ -340,7 +340,7 @@ def test_accelerate_reads_every_launch_file(path):
 
 def test_there_is_a_launch_file_of_each_kind():
     names = {path.stem for path in ACCELERATE}
-    assert names == {"single_gpu", "multi_gpu", "multi_node", "fsdp2", "deepspeed_zero2"}
+    assert names == {"single_gpu", "multi_gpu", "multi_node", "fsdp2"}
 
 
 # ---- a rank that is lost ----

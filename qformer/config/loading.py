@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from qformer.config.packaged import config_names, find_config, locate_weights, portable
 from qformer.config.schema import Stage1Config, Stage2Config
 
 
@@ -74,7 +75,7 @@ def read_config(path: Path) -> Stage1Config | Stage2Config:
 
 def to_yaml(config: Stage1Config | Stage2Config) -> str:
     """The resolved config as YAML; alone it reproduces the run."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return portable(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def parse_arguments(root: type[Root], doc: str, argv: list[str] | None) -> Root:
@@ -117,12 +118,12 @@ def _fragment(argument: str) -> Any:
     is_file = argument.endswith((".yaml", ".yml"))
     if not is_file and "=" in argument:
         try:
-            return OmegaConf.from_dotlist([argument])
+            return locate_weights(OmegaConf.from_dotlist([argument]))
         except Exception:  # the YAML library raises its own classes
             raise ConfigError(f"{argument}: the value is not valid YAML; a list is written [a, b]") from None
     if not is_file:
         raise ConfigError(f"{argument!r} is neither a .yaml file nor key=value")
-    path = Path(argument)
+    path = find_config(argument)
     if not path.is_file():
         raise ConfigError(f"no config file {argument}{_nearest_file(path)}")
     try:
@@ -131,12 +132,14 @@ def _fragment(argument: str) -> Any:
         raise ConfigError(f"{argument} is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(loaded):
         raise ConfigError(f"{argument} must hold keys and values at its top")
-    return loaded
+    return locate_weights(loaded)
 
 
 def _nearest_file(path: Path) -> str:
     """The end of a message about a missing file: the nearest of its folder, or of the folders beside a missing one."""
-    if path.parent.is_dir():
+    if path.parts[:1] == ("configs",):
+        near = difflib.get_close_matches(str(path), config_names(), n=1)
+    elif path.parent.is_dir():
         names = [p.name for p in path.parent.glob(f"*{path.suffix}")]
         near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=1)]
     else:
