@@ -198,6 +198,15 @@ def soften(qformer: QFormer, fresh: dict[str, torch.Tensor], share: float) -> No
         qformer.get_parameter(name).lerp_(matrix, 1 - share)
 
 
+def read_split(config: DataConfig, split: str, sources: list[str] | None = None) -> Records:
+    """The records of `data.train` or `data.validation`, with image_ids that are unique across both.
+
+    Raises: ValueError as `read_records` does.
+    """
+    names = sources or getattr(config, split)
+    return read_records(names, config.root, key=f"data.{split}", beside=[*config.train, *config.validation])
+
+
 def build_dataset(
     config: DataConfig, encoder: FrozenEncoder, split: str, seed: int, sources: list[str] | None = None
 ) -> RecordDataset:
@@ -205,7 +214,7 @@ def build_dataset(
 
     Raises: ValueError when records cannot be read, or `data.features` was written without them.
     """
-    records = read_records(sources or getattr(config, split), root=config.root, key=f"data.{split}")
+    records = read_split(config, split, sources)
     features = FeatureCache(config.features) if config.features else None
     if features is not None:
         _require_covered(records, features, split)
@@ -291,10 +300,12 @@ def _require_cache_of(config: EncoderConfig, data: DataConfig, found: Manifest) 
 
 def _require_covered(records: Records, features: FeatureCache, split: str) -> None:
     """Raise ValueError when the cache was written without some of a few thousand records, evenly spread."""
-    ids = {records[i].image_id for i in range(0, len(records), max(1, len(records) // COVERAGE_RECORDS))}
+    rows = range(0, len(records), max(1, len(records) // COVERAGE_RECORDS))
+    ids = {features.id_of(records[i]) for i in rows}
     unknown = sorted(i for i in ids if i not in features and i not in features.broken)
     if unknown:
         raise ValueError(
             f"data.{split}: {len(unknown)} of {len(ids)} pictures looked at are not in data.features={features.folder}, "
-            f"the first: {unknown[0]}; write a cache of these records, or set image_id to what it was then"
+            f"the first: {unknown[0]}; image_ids are relative to data.root, or to the folder that all of data.train and "
+            "data.validation lie in: set data.root to what it was then, or write a cache of these records"
         )

@@ -87,10 +87,10 @@ def test_records_of_several_files(tmp_path):
     assert len(records) == 3
     assert records[0] == Record(str(tmp_path / "a/1.jpg"), "7", ("one", "two"))
     assert records[1] == Record("/abs/2.jpg", "/abs/2.jpg", ("three",))
-    assert records[-1] == Record(str(tmp_path / "3.jpg"), str(tmp_path / "3.jpg"), (), "q?", ("x", "y"), 5, "how")
+    assert records[-1] == Record(str(tmp_path / "3.jpg"), "3.jpg", (), "q?", ("x", "y"), 5, "how")
     assert [record.image_id for record in pickle.loads(pickle.dumps(records))][0::2] == [
         "7",
-        str(tmp_path / "3.jpg"),
+        "3.jpg",
     ]  # to a worker
     with pytest.raises(IndexError):
         records[3]
@@ -141,9 +141,8 @@ GOOD = {"image": "a.jpg", "caption": "x"}
         ([{"image_path": "a.jpg", "caption": "x"}], "no field 'image'; did you mean 'image_path'"),
         ([{"image": "a.jpg", "captions": "x"}], "neither a field 'caption' nor 'question'; did you mean 'captions'"),
         ([{"image": "a.jpg", "question": "x", "answer": "y"}], "no field 'answers'; did you mean 'answer'"),
-        ([GOOD, {"image": "b.jpg", "caption": ["y"]}], "field 'caption' is Json.* expected a string or a list of"),
         ([{"image": "a.jpg", "caption": 3}], "field 'caption' is Value.*int64"),
-        ([{"image": "a.jpg", "question": "q", "answers": [{"answer": "y"}]}], "field 'answers' is .*list of strings"),
+        ([{"image": "a.jpg", "question": "q", "answers": [{"text": "y"}]}], "field 'answers' is .*list of strings"),
         ([GOOD, {"image": "../b.jpg", "caption": "y"}], r"image '../b.jpg' leaves its root '.*'; move"),
         ([GOOD, {"image": "a/../../b.jpg", "caption": "y"}], "leaves its root"),
         ([{"image": "http://x/b.jpg", "caption": "y"}], "is an address; download it"),
@@ -174,12 +173,12 @@ def test_sources_refused(tmp_path):
     assert len(read_records([write(tmp_path / "b.jsonl", {"image": "a/../b..jpg", "caption": "x"})])) == 1
 
 
-def test_a_list_after_megabytes_of_strings_is_refused(tmp_path):
+def test_a_list_after_megabytes_of_strings_is_read(tmp_path):
     # `datasets` fixes the type by the first 10 MB and would hand out the list as its JSON text
     rows = [{"image": "a.jpg", "caption": "x" * 100_000}] * 120
     path = write(tmp_path / "a.jsonl", *rows, {"image": "a.jpg", "caption": ["y", "z"]})
-    with pytest.raises(ValueError, match="field 'caption' is a list in record 120"):
-        read_records([path])
+    records = read_records([path])
+    assert (len(records), records[120].captions) == (121, ("y", "z"))
 
 
 # --- order

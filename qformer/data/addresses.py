@@ -73,10 +73,11 @@ def find_files(source: str, key: str) -> Files:
     paths: list[str] = []
     for one in _spread(source):
         path = str(system._strip_protocol(one))
-        found = sorted(str(name) for name in system.glob(path)) if WILD.search(path) else [path]
-        if not found:
+        names = sorted(str(name) for name in system.glob(path)) if WILD.search(path) else [path]
+        names = [name for name in names if not os.path.basename(name).startswith("._")]  # of macOS
+        if not names:
             raise ValueError(f"{key}: there is no file {one!r}")
-        paths += found
+        paths += names
     return Files(source, paths)
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qformer.data.records import BrokenRecord
+from qformer.data.records import BrokenRecord, Record
 from qformer.files import atomic_file
 
 FORMAT_VERSION = 1
@@ -112,7 +112,9 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def picture_key(image_id: str) -> int:
     """A 64-bit number for an image_id, by which the index is sorted."""
-    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(image_id.encode(errors="surrogateescape"), digest_size=8).digest(), "little", signed=True
+    )
 
 
 def quantize(tokens: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
@@ -161,6 +163,11 @@ class FeatureCache:
 
     def __reduce__(self):  # to a spawned worker goes the path, not open files
         return FeatureCache, (self.folder,)
+
+    def id_of(self, record: Record) -> str:
+        """The name under which the cache has a record's image: its image_id, or its path in caches from before 0.2."""
+        known = record.image_id in self or record.image_id in self.broken
+        return record.image_id if known or record.image_bytes is not None or record.image not in self else record.image
 
     @cached_property
     def broken(self) -> dict[str, str]:

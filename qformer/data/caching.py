@@ -96,7 +96,7 @@ class CacheWriter:
         per_shard = max(1, int(shard_bytes / self.picture_bytes))
         fingerprint = hashlib.blake2b(digest_size=16)
         for image_id in self.pictures:
-            fingerprint.update(f"{image_id}\n".encode())
+            fingerprint.update(f"{image_id}\n".encode(errors="surrogateescape"))
         given = None if transform is None else {
             "size": transform.size, "mean": list(transform.mean), "std": list(transform.std),
             "interpolation": transform.interpolation,

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TEXTS = (".txt", ".json")
+MAC = "._"  # what macOS leaves beside a file on other disks
 
 
 class Folder:
     """Pictures of a folder, each beside its text; what is in memory is the list of their names."""
 
-    def __init__(self, source: str, pictures: pyarrow.Array):
+    def __init__(self, source: str, pictures: pyarrow.Array, base: str):
         self.source = source
+        self._base = base
         self._pictures = pictures
 
     def __len__(self) -> int:
@@ -42,7 +44,7 @@ class Folder:
                 continue
             except OSError as error:
                 return Record(picture, picture, problem=f"{type(error).__name__}: {one_line(error)}")
-        return record_of_files(picture, texts, picture)
+        return record_of_files(picture, texts, picture, self._base)
 
     def identities(self) -> Iterator[Identity]:
         """The picture of every row."""
@@ -51,10 +53,10 @@ class Folder:
             yield Identity(record.image, record.image_id, None)
 
     def _path(self, row: int) -> str:
-        return os.path.join(self.source, self._pictures[row].as_py())
+        return os.path.join(self.source, os.fsdecode(self._pictures[row].as_py()))
 
 
-def open_folder(folder: str, key: str) -> Table:
+def open_folder(folder: str, base: str, key: str) -> Table:
     """Open an image folder by its metadata.jsonl, .csv or .parquet if there is one, else by the texts beside them.
 
     Raises:
@@ -63,7 +65,7 @@ def open_folder(folder: str, key: str) -> Table:
     folder = os.path.abspath(folder)
     for name in METADATA:
         if os.path.isfile(os.path.join(folder, name)):
-            return open_metadata(folder, name, key)
+            return open_metadata(folder, name, base, key)
     import pyarrow
 
     alone = 0
@@ -73,7 +75,8 @@ def open_folder(folder: str, key: str) -> Table:
         found = [name for name in names if os.path.splitext(name)[1].lower()[1:] in PICTURES]
         kept = [name for name in found if any(os.path.splitext(name)[0] + ending in there for ending in TEXTS)]
         alone += len(found) - len(kept)
-        chunks.append(pyarrow.array([os.path.join(place, name) for name in kept], pyarrow.large_string()))
+        paths = [os.fsencode(os.path.join(place, name) if place != "." else name) for name in kept]
+        chunks.append(pyarrow.array(paths, pyarrow.large_binary()))  # names need not be UTF-8
     pictures = pyarrow.concat_arrays(chunks)
     if len(pictures) == 0:
         raise ValueError(
@@ -82,11 +85,11 @@ def open_folder(folder: str, key: str) -> Table:
         )
     if alone:
         logger.warning("%s: %d pictures of %s have no .txt or .json beside them and are left out", key, alone, folder)
-    return Folder(folder, pictures)
+    return Folder(folder, pictures, base)
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
     """The folder and those below it, relative to it, with their files; in an order that does not change."""
     for place, below, names in os.walk(folder):
         below.sort()
-        yield os.path.relpath(place, folder), sorted(names)
+        yield os.path.relpath(place, folder), sorted(name for name in names if not name.startswith(MAC))

@@ -139,7 +139,7 @@ class RecordDataset(Dataset[Sample]):
         else:
             crops = self.features.manifest.views - 1
             image = self.features.read(
-                record.image_id, 0 if draw is None or not crops else 1 + int(draw.integers(crops))
+                self.features.id_of(record), 0 if draw is None or not crops else 1 + int(draw.integers(crops))
             )
             if not image.isfinite().all():
                 raise BrokenRecord(record.image, "its cached features have values that are NaN or infinite")

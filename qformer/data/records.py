@@ -9,14 +9,19 @@ Nothing here opens a picture: a record is checked for its form when it is read a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-FIELDS = ("image", "caption", "question", "answers", "image_id", "question_id", "question_type", "split")
+FIELDS = ("image", "caption", "question", "answers", "image_id", "question_id", "question_type", "answer_type", "split")
+LIST_AS_TEXT = re.compile(r'\[\s*"')  # `datasets` turns a list that follows megabytes of strings into its JSON text
 
 
 class BrokenRecord(ValueError):
@@ -37,9 +42,11 @@ class Record:
 
     Args:
         image: absolute path, or "SOURCE#ROW" where the picture travels inside the source (`image_bytes`).
-        image_id: equal for records of the same picture; by default the path, or a hash of the bytes.
+        image_id: equal for records of the same image; by default the path, relative to the folder that all sources lie
+            in (so that ids move with it), or a hash of the bytes.
         question_id: of the type that the source has: servers want their numbers back.
         problem: why the source could not give this record.
+        answer_type: of VQA v2: yes/no, number or other.
     """
 
     image: str
@@ -51,6 +58,7 @@ class Record:
     question_type: str | None = None
     image_bytes: bytes | None = field(default=None, repr=False)
     problem: str | None = None
+    answer_type: str | None = None
 
     def require_sound(self) -> None:
         """Raise BrokenRecord when the source could not give this record."""
@@ -119,30 +127,42 @@ class Records:
                 if content is None and first != name:
                     raise ValueError(
                         f"{table.source}: image_id {image_id!r} is that of {first} and of {name}; "
-                        "give every picture its own, or leave image_id out"
+                        "give every image its own, or leave image_id out"
                     )
                 index += 1
         return {image_id: first for image_id, (first, _) in found.items()}
 
 
-def identify(name: str, content: bytes | None, image_id: Any) -> Identity:
-    """The identity of a file (`name` is its path), or of a picture inside a source, where names need not be unique."""
-    if image_id is None:
-        image_id = name if content is None else hashlib.blake2b(content, digest_size=16).hexdigest()
+def identify(name: str, content: bytes | None, image_id: Any, base: str = "") -> Identity:
+    """The identity of a file (`name` is its path), or of an image inside a source, where names need not be unique.
+
+    Args:
+        base: the folder that ids of files are relative to; files outside keep their whole path.
+    """
+    if image_id is None and content is not None:
+        image_id = hashlib.blake2b(content, digest_size=16).hexdigest()
+    elif image_id is None:
+        image_id = name.removeprefix(os.path.join(base, "")) if base else name
     return Identity(name, str(image_id), content)
 
 
 def build_record(identity: Identity, fields: Mapping[str, Any]) -> Record:
-    """The record of a picture and the schema's fields."""
+    """The record of an image and the schema's fields; its `problem` names a field that is of another type."""
+    try:
+        captions = tuple(text for text in texts_of("caption", fields.get("caption")) if text)
+        answers = texts_of("answers", fields.get("answers"))  # an empty one counts
+    except ValueError as error:
+        return Record(identity.name, identity.image_id, problem=str(error))
     return Record(
         image=identity.name,
         image_id=identity.image_id,
-        captions=_strings(fields.get("caption")),
+        captions=captions,
         question=fields.get("question"),
-        answers=_answers(fields.get("answers")),
+        answers=answers,
         question_id=fields.get("question_id"),
         question_type=_string(fields.get("question_type")),
         image_bytes=identity.content,
+        answer_type=_string(fields.get("answer_type")),
     )
 
 
@@ -150,13 +170,19 @@ def _string(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _answers(value: str | list[str | None] | None) -> tuple[str, ...]:
-    """One entry per person: an empty answer counts too."""
-    if isinstance(value, str):
-        return (value,) if value else ()
-    return tuple(text for text in value or [] if text is not None)
+def texts_of(name: str, value: Any) -> tuple[str, ...]:
+    """The texts of a field that holds one or a list of them, or of VQA's official {"answer": text, ...}.
 
-
-def _strings(value: str | list[str | None] | None) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else value or []
-    return tuple(text for text in values if text)
+    Raises: ValueError when it holds something else.
+    """
+    if isinstance(value, str) and LIST_AS_TEXT.match(value):
+        with contextlib.suppress(ValueError):  # a text that begins so
+            value = json.loads(value)
+    if value is None or value == "":
+        return ()
+    values = value if isinstance(value, list) else [value]
+    texts = [entry.get("answer") if isinstance(entry, dict) else entry for entry in values]
+    odd = next((text for text in texts if not isinstance(text, str | None)), None)
+    if odd is not None:
+        raise ValueError(f"its {name!r} holds {type(odd).__name__}; expected a text or a list of texts")
+    return tuple(text for text in texts if text is not None)

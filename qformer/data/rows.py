@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 METADATA = {"metadata.jsonl": "json", "metadata.csv": "csv", "metadata.parquet": "parquet"}  # of an image folder
 # How image folders and WebDataset name what the schema calls otherwise.
+HASHED_BYTES = 64 << 20  # larger files are told apart by size and time alone
+RECODE = "save it as UTF-8, for instance by iconv -f WINDOWS-1252 -t UTF-8"
 ALIASES = {"image": ("file_name", "jpg", "jpeg", "png", "webp"), "caption": ("text", "txt")}
 
 
@@ -33,12 +37,14 @@ class Rows:
     Args:
         folder: relative paths resolve against it.
         confined: a root was given: absolute paths are refused.
+        base: the folder that image_ids are relative to.
     """
 
     source: str
     rows: datasets.Dataset
     folder: str
     confined: bool
+    base: str
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,7 +66,7 @@ class Rows:
     def _identify(self, fields: dict[str, Any], row: int) -> Identity:
         path, content = picture_of(fields["image"])
         name = self.resolve(str(path)) if content is None else f"{self.source}#{row}"
-        return identify(name, content, fields.get("image_id"))
+        return identify(name, content, fields.get("image_id"), self.base)
 
     def resolve(self, path: str) -> str:
         """Return the absolute path of a picture; the check is lexical, so links inside the folder may lead out."""
@@ -83,7 +89,7 @@ def picture_of(image: Any) -> tuple[str | None, bytes | None]:
     return (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
 
 
-def open_file(path: str, split: str | None, root: str | None, key: str) -> Rows:
+def open_file(path: str, split: str | None, root: str | None, base: str, key: str) -> Rows:
     """Open a record file; `split` keeps only the records that say so.
 
     Raises: ValueError as `read_records` does.
@@ -91,34 +97,54 @@ def open_file(path: str, split: str | None, root: str | None, key: str) -> Rows:
     if not os.path.isfile(path):
         raise ValueError(f"{key}: there is no record file {path!r}")
     rows = _read_file(path, READERS[os.path.splitext(path)[1]], key)
-    table = _checked(path, rows, root if root is not None else os.path.dirname(path), root is not None, key)
-    return Rows(path, _choose_split(table.rows, path, split, key), table.folder, table.confined)
+    table = _checked(path, rows, root if root is not None else os.path.dirname(path), root is not None, base, key)
+    return replace(table, rows=_choose_split(table.rows, path, split, key))
 
 
-def open_metadata(folder: str, name: str, key: str) -> Rows:
+def open_metadata(folder: str, name: str, base: str, key: str) -> Rows:
     """Open the metadata file of an image folder, whose pictures all lie in the folder.
 
     Raises: ValueError as `read_records` does.
     """
     path = os.path.join(folder, name)
-    return _checked(path, _read_file(path, METADATA[name], key), folder, True, key)
+    return _checked(path, _read_file(path, METADATA[name], key), folder, True, base, key)
 
 
-def open_hub(name: str, split: str | None, root: str | None, key: str) -> Rows:
+def open_saved(folder: str, split: str | None, root: str | None, base: str, key: str) -> Rows:
+    """Open what `save_to_disk` of `datasets` wrote: a data set, or several splits of which "train" is the default.
+
+    Raises: ValueError as `read_records` does.
+    """
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(folder)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{key}: {folder} cannot be read as a saved data set: {one_line(error)}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if (split or "train") not in saved:
+            raise ValueError(f"{key}: {folder} has no split {split or 'train'!r}; it has {', '.join(saved)}")
+        saved, split = saved[split or "train"], None
+    table = _checked(folder, saved, root, root is not None, base, key)
+    return table if split is None else replace(table, rows=_choose_split(table.rows, folder, split, key))
+
+
+def open_hub(name: str, split: str | None, root: str | None, base: str, key: str) -> Rows:
     """Open a hub data set, downloaded whole.
 
     Raises: ValueError as `read_records` does.
     """
-    return _checked(name, _read_hub(name, split, key), root, root is not None, key)
+    return _checked(name, _read_hub(name, split, key), root, root is not None, base, key)
 
 
-def _checked(source: str, rows: datasets.Dataset, folder: str | None, confined: bool, key: str) -> Rows:
+def _checked(source: str, rows: datasets.Dataset, folder: str | None, confined: bool, base: str, key: str) -> Rows:
     if len(rows) == 0:
         raise ValueError(f"{key}: {source} holds no records")
     rows = choose_fields(rows, source)
     if folder is None and "bytes" not in _image_columns(rows):
         raise ValueError(f"{key}: {source} names its pictures by path; give the root that the paths start from")
-    table = Rows(source, rows, os.path.abspath(os.path.expanduser(folder or "")), confined)
+    table = Rows(source, rows, os.path.abspath(os.path.expanduser(folder or "")), confined, base)
+    _check_encoding(table, key)
     _check_images(table)
     _check_texts(table)
     return table
@@ -129,16 +155,39 @@ def _read_file(path: str, reader: str, key: str) -> datasets.Dataset:
     import pyarrow
 
     try:
-        return datasets.load_dataset(reader, data_files=path, split="train")
+        return datasets.load_dataset(reader, data_files=path, split="train", cache_dir=_cache_of(path))
     except (StopIteration, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error.__context__ or error
         if not isinstance(cause, pyarrow.ArrowInvalid) and not isinstance(error, datasets.exceptions.DatasetsError):
             # StopIteration or ValueError: how `datasets` says that a file is empty
             raise ValueError(f"{key}: {path} holds no records: {one_line(error)}") from error
+        if reader != "parquet" and (line := _undecodable_line(path)) is not None:
+            raise ValueError(f"{key}: {path} is not UTF-8 in row {line} (from 0); {RECODE}") from error
         raise ValueError(
             f"{key}: {path} cannot be read as records: {one_line(cause)}; "
             "expected one JSON object per record, each field of one type throughout the file"
         ) from error
+
+
+def _cache_of(path: str) -> str:
+    """Where the Arrow copy of a file goes: another place for other content, even if it was written within a second."""
+    import datasets
+
+    state = os.stat(path)
+    name = hashlib.blake2b(f"{os.path.abspath(path)}\n{state.st_size}\n{state.st_mtime_ns}".encode(), digest_size=16)
+    if state.st_size <= HASHED_BYTES:
+        name.update(Path(path).read_bytes())
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, "qformer_records", name.hexdigest())
+
+
+def _undecodable_line(path: str) -> int | None:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return None
 
 
 def _read_hub(name: str, split: str | None, key: str) -> datasets.Dataset:
@@ -200,7 +249,7 @@ def choose_fields(rows: datasets.Dataset, source: str) -> datasets.Dataset:
             logger.warning("%s has no field %r and its field %r is not read", source, name, near[0])
 
     expected = {"image": "a path or a picture", "caption": "a string or a list of strings", "question": "a string"}
-    expected |= {"answers": "a list of strings"}
+    expected |= {"answers": "a list of strings, or of objects with 'answer'"}
     for name in [name for name in FIELDS if name in features]:
         if not _fits(name, features[name]):
             what = expected.get(name, "a string or a number")
@@ -221,13 +270,19 @@ def _fits(name: str, kind: Any) -> bool:
         is_struct = isinstance(kind, dict) and bool(kind.keys() & {"bytes", "path"})
         is_bytes = isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
         return is_text(kind) or is_bytes or is_struct or isinstance(kind, datasets.Image)
-    if name == "caption":
-        return is_text(kind) or is_texts
     if name == "question":
         return is_text(kind)
-    if name == "answers":
-        return is_texts
+    if name in ("caption", "answers"):
+        is_mixed = isinstance(kind, datasets.Json)  # strings in one record and lists in another: see `texts_of`
+        is_official = name == "answers" and isinstance(kind, datasets.List) and _has_answer(kind.feature)
+        return is_text(kind) or is_texts or is_mixed or is_official
     return isinstance(kind, (datasets.Value, datasets.Json))  # ids may mix numbers and strings
+
+
+def _has_answer(kind: Any) -> bool:
+    import datasets
+
+    return isinstance(kind, datasets.Json) or (isinstance(kind, dict) and "answer" in kind)
 
 
 def _image_columns(rows: datasets.Dataset) -> dict[str, pyarrow.ChunkedArray]:
@@ -260,8 +315,34 @@ def _check_images(table: Rows) -> None:
             table.resolve(parts["path"][int(row)].as_py())
 
 
-def _check_texts(table: Rows) -> None:
+def _check_encoding(table: Rows, key: str) -> None:
+    """Find the first text that is no UTF-8, which Arrow would hand out only when it comes to be read."""
     import pyarrow
+
+    for name in table.rows.column_names:
+        first = 0
+        for chunk in table.rows.data.column(name).chunks:
+            try:
+                chunk.validate(full=True)
+            except pyarrow.ArrowInvalid:
+                row = next(i for i in range(len(chunk)) if not _is_valid(chunk.slice(i, 1)))
+                raise ValueError(
+                    f"{key}: {table.source}: record {first + row} (from 0) is not UTF-8 in field {name!r}; {RECODE}"
+                ) from None
+            first += len(chunk)
+
+
+def _is_valid(array: pyarrow.Array) -> bool:
+    import pyarrow
+
+    try:
+        pyarrow.concat_arrays([array, array[:0]]).validate(full=True)
+    except pyarrow.ArrowInvalid:
+        return False
+    return True
+
+
+def _check_texts(table: Rows) -> None:
     import pyarrow.compute as pc
 
     columns = [table.rows.data.column(name) for name in ("caption", "question") if name in table.rows.column_names]
@@ -273,14 +354,6 @@ def _check_texts(table: Rows) -> None:
             "%s: %d of %d records have neither 'caption' nor 'question', the first is record %d (from 0); "
             "training replaces them by others", table.source, absent.sum(), len(absent), absent.argmax(),
         )  # fmt: skip
-    if "caption" in table.rows.column_names and pyarrow.types.is_string(columns[0].type):
-        # a list that follows megabytes of strings is turned into its JSON text without a word
-        is_list = pc.fill_null(pc.match_substring_regex(columns[0], r'^\[\s*"'), False).to_numpy()
-        if is_list.any():
-            raise ValueError(
-                f"{table.source}: field 'caption' is a list in record {is_list.argmax()} (from 0) and a string before; "
-                "expected a string or a list of strings, the same in every record"
-            )
 
 
 def _choose_split(rows: datasets.Dataset, source: str, split: str | None, key: str) -> datasets.Dataset:

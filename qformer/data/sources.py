@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 from qformer.data.addresses import is_address
 from qformer.data.folders import open_folder
 from qformer.data.records import Records, Table
 from qformer.data.row_groups import open_row_groups
-from qformer.data.rows import READERS, open_file, open_hub
+from qformer.data.rows import READERS, open_file, open_hub, open_saved
 from qformer.data.tars import open_tars
 
+SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` of `datasets` leaves
 COMPRESSED = re.compile(r"\.(tgz|tar\.\w+)$")
 
 
-def read_records(sources: list[str], root: str | None = None, *, key: str = "data") -> Records:
+def read_records(
+    sources: list[str], root: str | None = None, *, key: str = "data", beside: Sequence[str] = ()
+) -> Records:
     """Open sources of records as one sequence, checked for form but with no picture opened.
 
     The first reading of a record file leaves an Arrow copy in the cache of `datasets`, that of tars an index; later
     ones map it into memory.
 
     Args:
-        sources: .jsonl, .json or .parquet files; folders of pictures; WebDataset tars, and parquet files at an address
+        sources: .jsonl, .json or .parquet files; folders of images, or saved by `datasets`; WebDataset tars, and parquet files at an address
             of fsspec (both with {000..099}, {a,b}, * and ? in the name); ids of hub data sets. "SOURCE:NAME" keeps only
             the records whose `split` is NAME (a file) or reads that split (a hub data set, otherwise its "train").
         root: the folder that relative pictures of record files start from; by default the folder of the record file.
         key: the config key that named the sources, for messages.
+        beside: other sources whose image_ids must not meet these ones: they are relative to the folder that all lie in.
 
     Raises:
         ValueError: no source; a file that is missing, empty, unreadable or of an unknown kind; an unknown split; a
@@ -35,10 +40,25 @@ def read_records(sources: list[str], root: str | None = None, *, key: str = "dat
     """
     if not sources:
         raise ValueError(f"{key}: expected at least one record file or hub data set, got none")
-    return Records([_open(source, root, key) for source in sources])
+    base = common_folder([*sources, *beside], root)
+    return Records([_open(source, root, base, key) for source in sources])
 
 
-def _open(source: str, root: str | None, key: str) -> Table:
+def common_folder(sources: Sequence[str], root: str | None = None) -> str:
+    """The folder that image_ids are relative to: the root, else the lowest that holds all local sources."""
+    if root is not None:
+        return os.path.abspath(os.path.expanduser(root))
+    folders = []
+    for source in sources:
+        path = os.path.abspath(_split_source(os.path.expanduser(source))[0])
+        if os.path.isdir(path):
+            folders.append(path)
+        elif os.path.isfile(path) and not path.endswith(".tar"):
+            folders.append(os.path.dirname(path))
+    return os.path.commonpath(folders) if folders else ""
+
+
+def _open(source: str, root: str | None, base: str, key: str) -> Table:
     if COMPRESSED.search(source):
         raise ValueError(f"{key}: {source} is compressed, so that no record in it can be found; decompress it")
     if source.endswith(".tar"):
@@ -50,11 +70,13 @@ def _open(source: str, root: str | None, key: str) -> Table:
             f"{key}: {source!r} is an address; only .tar and .parquet files are read at one, fetch others first"
         )
     path, split = _split_source(os.path.expanduser(source))
+    if any(os.path.isfile(os.path.join(path, name)) for name in SAVED):
+        return open_saved(path, split, root, base, key)
     if os.path.isdir(path):
-        return open_folder(path, key)
+        return open_folder(path, base, key)
     if os.path.splitext(path)[1] in READERS:
-        return open_file(path, split, root, key)
-    return open_hub(path, split, root, key)
+        return open_file(path, split, root, base, key)
+    return open_hub(path, split, root, base, key)
 
 
 def _split_source(source: str) -> tuple[str, str | None]:

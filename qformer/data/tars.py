@@ -11,6 +11,8 @@ file for each tar and one for all, which is mapped into memory. Processes that m
 
 from __future__ import annotations
 
+import codecs
+import functools
 import hashlib
 import io
 import json
@@ -40,7 +42,10 @@ SAY_EVERY_S = 30.0
 PLAIN, EXTENDED = (tarfile.REGTYPE, tarfile.AREGTYPE), tarfile.XHDTYPE
 CHANGING = re.compile(rb"^\d+ (path|size|linkpath|hdrcharset|GNU)", re.MULTILINE)  # most only tell a finer time
 # What a .json may say, and of which type; the rest of it is not read.
-TEXTS, IDS = ("caption", "answers"), ("image_id", "question_id", "question_type")
+TEXTS, IDS = ("caption", "answers"), ("image_id", "question_id", "question_type", "answer_type")
+BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
+TRIED = 8  # records that are looked at when tars are opened
 
 
 class Tars:
@@ -93,37 +98,74 @@ class Tars:
             yield Identity(record.image, record.image_id, record.image_bytes or b"")
 
 
-def record_of_files(name: str, files: dict[str, bytes], picture: str | None = None) -> Record:
+def record_of_files(name: str, files: dict[str, bytes], picture: str | None = None, base: str = "") -> Record:
     """The record that files of one name and several endings make up.
 
     Args:
         picture: path of the picture where it is a file by itself; otherwise it is one of `files`.
+        base: the folder that image_ids of such paths are relative to.
     """
     content = next((files[ending] for ending in PICTURES if ending in files), None)
     try:
         if content is None and picture is None:
             raise ValueError(f"it has no picture ({', '.join(PICTURES)}), only {', '.join(files) or 'nothing'}")
-        fields = _fields(json.loads(files["json"])) if "json" in files else {}
+        values = json.loads(decode_text(files["json"], name)) if "json" in files else {}
+        fields = _fields(values)
         if "txt" in files:
-            fields["caption"] = files["txt"].decode()
+            fields["caption"] = [line for line in decode_text(files["txt"], name).splitlines() if line.strip()]
+        elif not fields.keys() & {"caption", "question"}:
+            raise ValueError(
+                f"the record has no caption: no .txt (only {', '.join(files) or 'the picture'}), and "
+                + (
+                    f"its .json has only {', '.join(values) or 'nothing'}; expected caption"
+                    if files.get("json")
+                    else "no .json"
+                )
+            )
     except (ValueError, RecursionError) as error:  # of json.loads too
         return Record(name, name, problem=one_line(error))
-    return build_record(identify(name if picture is None else picture, content, fields.get("image_id")), fields)
+    return build_record(identify(picture or name, content, fields.get("image_id"), base), fields)
 
 
-def _fields(said: Any) -> dict[str, Any]:
+def decode_text(content: bytes, name: str) -> str:
+    """The text of a file in UTF-8 or UTF-16 behind a byte-order mark, in UTF-8 without, else in Windows-1252.
+
+    Raises: UnicodeDecodeError (a ValueError) when it is none of them.
+    """
+    for mark, encoding in BOMS:
+        if content.startswith(mark) and len(content) > len(mark):
+            return content.decode(encoding)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise
+        text = content.decode("cp1252")
+        if CONTROL.search(text):
+            raise
+        _report_encoding(os.path.dirname(name))
+        return text
+
+
+@functools.lru_cache(maxsize=1)
+def _report_encoding(place: str) -> None:
+    logger.warning("%s: texts that are not UTF-8 are read as Windows-1252", place)
+
+
+def _fields(values: Any) -> dict[str, Any]:
     """The schema's fields of a .json."""
-    if not isinstance(said, dict):
-        raise ValueError(f"its .json holds {type(said).__name__}; expected an object")
-    found = {name: said[name] for name in ("question", *TEXTS, *IDS) if said.get(name) is not None}
-    for name, value in found.items():
+    if not isinstance(values, dict):
+        raise ValueError(f"its .json holds {type(values).__name__}; expected an object")
+    fields = {name: values[name] for name in ("question", *TEXTS, *IDS) if values.get(name) is not None}
+    for name, value in fields.items():
         is_text = isinstance(value, str)
         is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
         is_number = isinstance(value, (int, float))
-        fits = {"caption": is_text or is_texts, "answers": is_texts, "question": is_text}
+        is_official = isinstance(value, list) and all(isinstance(v, dict) and "answer" in v for v in value)
+        fits = {"caption": is_text or is_texts, "answers": is_text or is_texts or is_official, "question": is_text}
         if not fits.get(name, is_text or is_number):
             raise ValueError(f"{name!r} in its .json is {type(value).__name__}; expected text as in the record schema")
-    return found
+    return fields
 
 
 def read_members(content: bytes) -> tuple[str, dict[str, bytes]]:
@@ -195,6 +237,12 @@ def open_tars(source: str, key: str) -> Tars:
     table = Tars(source, files, whole)
     if len(table) == 0:
         raise ValueError(f"{key}: {source} holds no records; expected files such as 0001.jpg and 0001.txt in its tars")
+    problem: str | None = None
+    for row in range(min(TRIED, len(table))):
+        if (problem := table.read(row).problem) is None:
+            break
+    if problem is not None and "no caption" in problem:
+        raise ValueError(f"{key}: {source}: none of its first records can be used: {problem}")
     return table
 
 

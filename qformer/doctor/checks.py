@@ -18,10 +18,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from qformer.build import build_dataset, build_encoder, build_tokenizer
+from qformer.build import build_dataset, build_encoder, build_tokenizer, read_split
 from qformer.checkpoint import STATE, load_strictly, read_adapter, require_same_parts, run_bytes, transfer
 from qformer.config import Stage1Config, Stage2Config
-from qformer.data import RecordDataset, clean_caption, read_records
+from qformer.data import RecordDataset, clean_caption
 from qformer.doctor.report import FAILED, OK, WARNING, Finding
 from qformer.doctor.weights import (
     Weights,
@@ -219,7 +219,7 @@ def check_disk(case: Case) -> Verdict:
 def check_data(case: Case, split: str) -> Verdict:
     """Read the first records and some spread over all files as the run would, but whole pictures."""
     config = case.config
-    records = read_records(getattr(config.data, split), root=config.data.root, key=f"data.{split}")
+    records = read_split(config.data, split)
     count = min(case.sample, len(records))
     indices = sorted({*range(min(8, count)), *(i * len(records) // count for i in range(count))})
     if split == "train":
