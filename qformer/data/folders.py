@@ -46,6 +46,8 @@ class Folder:
                 return Record(picture, picture, problem=f"{type(error).__name__}: {one_line(error)}")
         return record_of_files(picture, texts, picture, self._base)
 
+    text = read
+
     def identities(self) -> Iterator[Identity]:
         """The picture of every row."""
         for row in range(len(self)):

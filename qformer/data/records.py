@@ -86,6 +86,10 @@ class Table(Protocol):
         """The record of a row; one that the source cannot give has a `problem`."""
         ...
 
+    def text(self, row: int) -> Record:
+        """As `read`, but the image need not be there; its id may then be another."""
+        ...
+
     def identities(self) -> Iterator[Identity]:
         """The picture of every row, in order."""
         ...
@@ -103,15 +107,20 @@ class Records:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Record:
+        table, row = self._place(index)
+        return table.read(row)
+
+    def _place(self, index: int) -> tuple[Table, int]:
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, position, side="right"))
-        return self._tables[number].read(int(position - (self._ends[number - 1] if number else 0)))
+        return self._tables[number], int(position - (self._ends[number - 1] if number else 0))
 
     def text(self, index: int) -> Record:
         """The record without the bytes of its image, so that all of them fit in memory."""
-        return replace(self[index], image_bytes=None)
+        table, row = self._place(index)
+        return replace(table.text(row), image_bytes=None)
 
     def first_of_each_picture(self) -> dict[str, int]:
         """The first record of every `image_id`, in order; reads the pictures that travel inside the sources.

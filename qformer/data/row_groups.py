@@ -61,6 +61,8 @@ class RowGroups:
             return Record(name, name, problem="the row holds no picture")
         return build_record(identify(name, content, fields.get("image_id")), fields)
 
+    text = read
+
     def identities(self) -> Iterator[Identity]:
         """The picture of every row; all of the files are read."""
         for row in range(len(self)):

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,17 @@ class Rows:
         """The record of a row."""
         fields = self.rows[row]
         return build_record(self._identify(fields, row), fields)
+
+    def text(self, row: int) -> Record:
+        """The record of a row; images inside the table are not read, so that their pages stay on the disk."""
+        if "image" in self._texts.column_names:
+            return self.read(row)
+        fields, name = self._texts[row], f"{self.source}#{row}"
+        return build_record(identify(name, None, fields.get("image_id", name), self.base), fields)
+
+    @cached_property
+    def _texts(self) -> datasets.Dataset:
+        return self.rows.remove_columns("image") if "bytes" in _image_columns(self.rows) else self.rows
 
     def identities(self) -> Iterator[Identity]:
         """The picture of every row; pictures inside the table are read."""

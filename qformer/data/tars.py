@@ -91,6 +91,8 @@ class Tars:
             return Record(name, name, problem=f"{type(error).__name__}: {one_line(error)}")
         return record_of_files(f"{path}#{key}", members)
 
+    text = read
+
     def identities(self) -> Iterator[Identity]:
         """The picture of every row; all of the tars are read."""
         for row in range(len(self)):
