@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qformer.encoders import load_encoder
 from qformer.language import load_language_model
-from qformer.tuning import recompute
+from qformer.tuning import checkpoint_activations
 
 Task = dict[str, Any]
 MIDDLING = {**BERT_BASE, "width": 384, "heads": 6, "ffn_width": 1536}
@@ -77,7 +77,7 @@ def _measure_step(task: Task) -> Task:
         prepare(Path(folder), task)
         gc.collect()
         side = (Stage1 if task["work"] == "stage1" else Stage2)(Path(folder), task)
-        recompute(side.model, task["parts"])
+        checkpoint_activations(side.model, task["parts"])
         before = psutil.Process().memory_info().rss
         libraries = before - sum(p.numel() * p.element_size() for p in side.model.parameters())
         side.forward(2, 0).loss.backward()  # gradients and moments are there from now on
@@ -153,7 +153,7 @@ def _count(task: Task) -> Task:
     with tempfile.TemporaryDirectory(prefix="qformer-bench-") as folder:
         prepare(Path(folder), task)
         side = (Stage1 if task["work"] == "stage1" else Stage2)(Path(folder), task)
-        recompute(side.model, task["parts"])
+        checkpoint_activations(side.model, task["parts"])
         kept = [_kept(lambda n=n: side.forward(n, 0), side.model) for n in (2, 4)]
         words = task["llm"].get("vocab_size", task["vocab"])
         targets = side.prepare(4, 0).target_tokens / 4

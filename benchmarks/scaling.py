@@ -66,10 +66,13 @@ class Step:
         layers, width, ffn_width = sizes["llm"]
         if stage == 1:
             self.adapter: nn.Module = Stage1Adapter(
-                qformer, sizes["encoder_width"], sizes["contrastive_width"], dec_id=sizes["vocab"] - 1
+                qformer,
+                encoder_width=sizes["encoder_width"],
+                contrastive_width=sizes["contrastive_width"],
+                dec_id=sizes["vocab"] - 1,
             )
         else:
-            self.adapter = Stage2Adapter(qformer, sizes["encoder_width"], width)
+            self.adapter = Stage2Adapter(qformer, encoder_width=sizes["encoder_width"], llm_width=width)
             opt = OPTConfig(vocab_size=sizes["vocab"], hidden_size=width, ffn_dim=ffn_width, num_hidden_layers=layers,
                             num_attention_heads=4, word_embed_proj_dim=width, max_position_embeddings=128)  # fmt: skip
             self.llm = OPTForCausalLM(opt).eval().requires_grad_(False)

@@ -1,14 +1,26 @@
 """From config to objects: the only place that reads both the config and the classes."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from qformer.checkpoint import IDENTITY, Transfer, load_strictly, read_adapter, require_same_parts, transfer
-from qformer.config import DataConfig, EncoderConfig, LlmConfig, QFormerConfig, Stage1Config, Stage2Config
+from qformer.checkpoint import IDENTITY, load_strictly, read_adapter, require_same_parts, transfer
+from qformer.config import (
+    DataConfig,
+    EncoderConfig,
+    LlmConfig,
+    ModelPart,
+    QFormerConfig,
+    RunPart,
+    Stage1Config,
+    Stage1Part,
+    Stage2Config,
+    Stage2Part,
+)
 from qformer.data import (
     CacheWriter,
     FeatureCache,
@@ -21,7 +33,7 @@ from qformer.data import (
 )
 from qformer.encoders import FrozenEncoder, PrecomputedFeatures, load_encoder
 from qformer.language import FrozenLanguageModel, load_language_model
-from qformer.models import Stage1Adapter, Stage1Model, Stage2Adapter, Stage2Model
+from qformer.models import Stage, Stage1, Stage1Adapter, Stage2, Stage2Adapter
 from qformer.qformer import QFormer
 from qformer.tuning import LLM_LORA, add_trainable, parts_beside, require_learnt_parts, require_tunable
 
@@ -37,9 +49,9 @@ def build_encoder(config: EncoderConfig, data: DataConfig | None = None) -> Froz
     Raises: ValueError when the cache is of another encoder, or cannot be read.
     """
     if data is not None and data.features is not None:
-        found = FeatureCache(data.features).manifest
-        _require_cache_of(config, data, found)
-        return PrecomputedFeatures(found.features["width"], found.features["num_tokens"])
+        manifest = FeatureCache(data.features).manifest
+        _require_cache_of(config, data, manifest)
+        return PrecomputedFeatures(manifest.features["width"], manifest.features["num_tokens"])
     return load_encoder(
         config.loader,
         config.id,
@@ -93,7 +105,9 @@ def build_tokenizer(config: QFormerConfig) -> Any:
     return tokenizer
 
 
-def build_qformer(config: QFormerConfig, encoder_width: int, vocab_size: int | None) -> QFormer:
+def build_qformer(
+    config: QFormerConfig, encoder_width: int, vocab_size: int | None, *, recompute_ffn: bool = True
+) -> QFormer:  # fmt: skip
     """The Q-Former of `qformer.*`, with random weights; without a text side if `vocab_size` is None."""
     return QFormer(
         width=config.width,
@@ -107,88 +121,111 @@ def build_qformer(config: QFormerConfig, encoder_width: int, vocab_size: int | N
         vocab_size=vocab_size,
         max_text_positions=config.max_text_positions,
         init_std=config.init_std,
+        recompute_ffn=recompute_ffn,
     )
 
 
-def build_stage1(config: Stage1Config, initialise: bool = True) -> Stage1Model:
-    """Stage 1's model, its adapter from `stage1.init_from`, or drawn from `train.seed` and, if named, `qformer.init_from`.
+def build_stage(config: ModelPart) -> Stage:
+    """The model that a config names by its `stage`.
 
-    Args:
-        initialise: False where trained tensors are put in right after.
+    A run's config gives a model ready to train: drawn from `train.seed`, or started from what its stage's `init_from`
+    names. The part that rebuilds a model gives one whose trained tensors the caller puts in.
+
+    Raises: ValueError when a frozen part cannot be loaded, or the adapter to begin from does not fit.
+    """
+    return STAGES[config.stage][1](config)
+
+
+def build_stage1(config: Stage1Part) -> Stage1:
+    """Stage 1's model, its adapter from `stage1.init_from`, or drawn from `train.seed` and, if named, `qformer.init_from`.
 
     Raises: ValueError when the adapter to continue from was trained with another encoder, or does not fit; as
         `require_tunable` and `add_trainable` do.
     """
     require_tunable(config)
-    init_from = Path(config.stage1.init_from) if initialise and config.stage1.init_from else None
-    tensors = None
-    if init_from:
-        require_same_parts(config, init_from, ("encoder",))
-        tensors = read_adapter(init_from)
-    encoder = build_encoder(config.encoder, config.data)
+    run = config if isinstance(config, RunPart) else None
+    tensors, source = _read_init_from(config, config.stage1.init_from)
+    encoder = build_encoder(config.encoder, run.data if run else None)
     tokenizer = build_tokenizer(config.qformer)
-    torch.manual_seed(config.train.seed)
+    torch.manual_seed(run.train.seed if run else 0)
+    qformer, stage1 = config.qformer, config.stage1
     adapter = Stage1Adapter(
-        build_qformer(config.qformer, encoder.width, len(tokenizer)),
-        encoder.width,
-        config.qformer.contrastive_width,
-        tokenizer.bos_token_id,
-        config.stage1.label_smoothing,
-        config.stage1.temperature,
-        config.stage1.itc,
-        config.stage1.itm,
-        config.stage1.itg,
-        config.qformer.feature_norm_eps,
+        build_qformer(qformer, encoder.width, len(tokenizer)),
+        encoder_width=encoder.width, contrastive_width=qformer.contrastive_width, dec_id=tokenizer.bos_token_id,
+        label_smoothing=stage1.label_smoothing, temperature=stage1.temperature,
+        itc=stage1.itc, itm=stage1.itm, itg=stage1.itg, feature_norm_eps=qformer.feature_norm_eps,
+    )  # fmt: skip
+    model = Stage1(
+        encoder, adapter, tokenizer, max_text_tokens=qformer.max_text_tokens, itc_batch_size=stage1.itc_batch_size
     )
-    model = Stage1Model(encoder, adapter, tokenizer, config.data.max_text_tokens, config.stage1.itc_batch_size)
     add_trainable(model, config)
     if tensors is not None:
-        require_learnt_parts(adapter, tensors, str(init_from))
-        load_strictly(adapter, {**parts_beside(adapter), **tensors}, str(init_from))
-    elif initialise and config.qformer.init_from:
+        require_learnt_parts(adapter, tensors, source)
+        load_strictly(adapter, {**parts_beside(adapter), **tensors}, source)
+    elif run and qformer.init_from:
         from qformer.interop.bert import initialise_from_bert
 
-        initialise_from_bert(adapter, config.qformer.init_from)
+        initialise_from_bert(adapter, qformer.init_from)
     return model
 
 
-def build_stage2(config: Stage2Config, initialise: bool = True) -> tuple[Stage2Model, Transfer | None]:
-    """Stage 2's model, and the report of what stage 1's adapter (`stage2.init_from`) gave it.
+def build_stage2(config: Stage2Part) -> Stage2:
+    """Stage 2's model; what stage 1's adapter (`stage2.init_from`) gave it is logged.
 
     Raises: ValueError when that adapter was trained with another encoder, or does not fit; as `require_tunable` and
         `add_trainable` do.
     """
     require_tunable(config)
-    init_from = Path(config.stage2.init_from) if initialise and config.stage2.init_from else None
-    tensors = None
-    if init_from:  # mistakes first: a language model takes long to load
-        require_same_parts(config, init_from, ("encoder",))
-        tensors = read_adapter(init_from)
-    tokenizer = build_tokenizer(config.qformer) if config.stage2.instructed else None
-    encoder = build_encoder(config.encoder, config.data)
+    run, stage2 = config if isinstance(config, RunPart) else None, config.stage2
+    tensors, source = _read_init_from(config, stage2.init_from)  # mistakes first: a language model takes long to load
+    tokenizer = build_tokenizer(config.qformer) if stage2.instructed else None
+    encoder = build_encoder(config.encoder, run.data if run else None)
     llm = build_language_model(config.llm)
-    torch.manual_seed(config.train.seed)
-    qformer = build_qformer(config.qformer, encoder.width, None if tokenizer is None else len(tokenizer))
-    adapter = Stage2Adapter(qformer, encoder.width, llm.width, config.qformer.feature_norm_eps)
+    torch.manual_seed(run.train.seed if run else 0)
+    vocabulary = None if tokenizer is None else len(tokenizer)
+    qformer = build_qformer(config.qformer, encoder.width, vocabulary, recompute_ffn=False)
+    adapter = Stage2Adapter(
+        qformer, encoder_width=encoder.width, llm_width=llm.width, feature_norm_eps=config.qformer.feature_norm_eps
+    )
     with torch.no_grad():
-        adapter.language_projection.weight.mul_(config.stage2.prompt_scale)
-    model = Stage2Model(encoder, adapter, llm, config.llm.prompt, config.llm.max_target_tokens, tokenizer)
+        adapter.language_projection.weight.mul_(stage2.prompt_scale)
+    model = Stage2(
+        encoder, adapter, llm, prompt=config.llm.prompt, max_target_tokens=config.llm.max_target_tokens,
+        sample_max_new_tokens=config.llm.caption_max_new_tokens, tokenizer=tokenizer,
+    )  # fmt: skip
     add_trainable(model, config)
     if tensors is None:
-        return model, None
-    assert init_from is not None
-    if require_learnt_parts(adapter, tensors, str(init_from)) & {LLM_LORA}:
-        require_same_parts(config, init_from, ("llm",))
-    share = config.stage2.init_share
+        if run:
+            logger.warning("stage2.init_from is null: the Q-Former starts from nothing, without stage 1")
+        return model
+    if require_learnt_parts(adapter, tensors, source) & {LLM_LORA}:
+        require_same_parts(config, Path(source), ("llm",))
+    share = stage2.init_share
     mixed = qformer.named_parameters() if share < 1 else ()  # otherwise nothing is held twice
     fresh = {name: p.detach().clone() for name, p in mixed if p.ndim > 1}
-    report = transfer(adapter, tensors, str(init_from))
-    soften(qformer, fresh, share)
-    return model, report
+    model.transferred = transfer(adapter, tensors, source)
+    logger.info(model.transferred.report(source))
+    shrink_and_perturb(qformer, fresh, share)
+    return model
+
+
+# Every stage by name: the config of a run, and what builds its model.
+STAGES: dict[str, tuple[type[ModelPart], Callable[[Any], Stage]]] = {
+    Stage1.name: (Stage1Config, build_stage1),
+    Stage2.name: (Stage2Config, build_stage2),
+}
+
+
+def _read_init_from(config: ModelPart, folder: str | None) -> tuple[dict[str, torch.Tensor] | None, str]:
+    """The tensors that a run begins with, and where they are from; none for a model that is only rebuilt."""
+    if folder is None or not isinstance(config, RunPart):
+        return None, ""
+    require_same_parts(config, Path(folder), ("encoder",))
+    return read_adapter(Path(folder)), folder
 
 
 @torch.no_grad()
-def soften(qformer: QFormer, fresh: dict[str, torch.Tensor], share: float) -> None:
+def shrink_and_perturb(qformer: QFormer, fresh: dict[str, torch.Tensor], share: float) -> None:
     """Keep a share of the trained matrices and fill up with the freshly drawn ones named; norms and biases stay.
 
     What one task taught a small model in a few steps can make it learn the next one slower than a fresh model would.
@@ -208,8 +245,8 @@ def read_split(config: DataConfig, split: str, sources: list[str] | None = None)
 
 
 def build_dataset(
-    config: DataConfig, encoder: FrozenEncoder, split: str, seed: int, sources: list[str] | None = None
-) -> RecordDataset:
+    config: DataConfig, encoder: FrozenEncoder, split: str, seed: int, *, sources: list[str] | None = None
+) -> RecordDataset:  # fmt: skip
     """Captioned records of `data.train` or `data.validation`, with the encoder's own input transform.
 
     Raises: ValueError when records cannot be read, or `data.features` was written without them.
@@ -231,26 +268,25 @@ def build_dataset(
     )
 
 
-def build_transform(encoder: FrozenEncoder, config: DataConfig) -> ImageTransform | None:
+def build_transform(encoder: FrozenEncoder, config: DataConfig | None = None) -> ImageTransform | None:
     """The input transform that belongs to the encoder's weights; None for precomputed features."""
-    given = encoder.input_transform
-    if given is None:
+    weights = encoder.input_transform
+    if weights is None:
         return None
-    low, high = config.crop_scale
+    data = config or DataConfig()
+    low, high = data.crop_scale
     return ImageTransform(
-        given.size,
-        given.mean,
-        given.std,
-        given.interpolation,
+        weights.size,
+        weights.mean,
+        weights.std,
+        weights.interpolation,
         crop_scale=(low, high),
-        flip=config.flip,
-        max_pixels=config.max_pixels,
+        flip=data.flip,
+        max_pixels=data.max_pixels,
     )
 
 
-def build_cache_writer(
-    config: Stage1Config | Stage2Config, *, dtype: str, crops: int, shard_bytes: float
-) -> tuple[CacheWriter, FrozenEncoder]:
+def build_cache_writer(config: Any, *, dtype: str, crops: int, shard_bytes: float) -> tuple[CacheWriter, FrozenEncoder]:
     """What writes `data.features` for the records of `data.train` and `data.validation`, and the encoder it asks.
 
     Raises: ValueError when `data.features` is not set or holds a cache of something else, or as `CacheWriter` does.
@@ -282,18 +318,20 @@ def _identity(config: EncoderConfig) -> dict[str, Any]:
     return {key: getattr(config, key) for key in (*IDENTITY["encoder"], "dtype")}
 
 
-def _require_cache_of(config: EncoderConfig, data: DataConfig, found: Manifest) -> None:
+def _require_cache_of(config: EncoderConfig, data: DataConfig, manifest: Manifest) -> None:
     """Raise ValueError with every difference, a line each, between a cache's manifest and the config."""
     encoder = _identity(config)
-    if found.transform and config.image_size == found.transform["size"]:  # null and the weights' own size are the same
-        encoder["image_size"] = found.encoder["image_size"]
-    given = {"width": config.width, "num_tokens": config.num_tokens} if config.loader == "features" else {}
-    expected = {"encoder": encoder, "features": {k: v for k, v in given.items() if v is not None}}
-    lines = differences(vars(found), expected)
-    if data.augment and found.transform and not found.crops["count"]:
+    if (
+        manifest.transform and config.image_size == manifest.transform["size"]
+    ):  # null and the weights' own size are the same
+        encoder["image_size"] = manifest.encoder["image_size"]
+    sizes = {"width": config.width, "num_tokens": config.num_tokens} if config.loader == "features" else {}
+    expected = {"encoder": encoder, "features": {k: v for k, v in sizes.items() if v is not None}}
+    lines = differences(vars(manifest), expected)
+    if data.augment and manifest.transform and not manifest.crops["count"]:
         lines.append("data.augment: the cache has no random crops; set it to false, or write the cache with --crops")
-    elif data.augment and found.transform and found.crops["scale"] != data.crop_scale:
-        lines.append(f"data.crop_scale: the cache has {found.crops['scale']}, expected {data.crop_scale}")
+    elif data.augment and manifest.transform and manifest.crops["scale"] != data.crop_scale:
+        lines.append(f"data.crop_scale: the cache has {manifest.crops['scale']}, expected {data.crop_scale}")
     if lines:
         raise ValueError(f"data.features={data.features} does not fit this config:\n  " + "\n  ".join(lines))
 

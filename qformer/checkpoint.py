@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qformer.config import Stage1Config, Stage2Config, read_config
+from qformer.config import ModelPart, read_section, read_values
 from qformer.files import atomic_folder, changed_files, write_checksums
 from qformer.lora import PEFT_CONFIG, PEFT_TENSORS, Lora, read_lora
 
@@ -101,18 +102,18 @@ def load_strictly(adapter: nn.Module, tensors: dict[str, Tensor], source: str) -
 
     Raises: ValueError naming what is missing, unknown or of another shape.
     """
-    own = {name: value.shape for name, value in adapter.state_dict().items()}
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = {name: value.shape for name, value in adapter.state_dict().items()}
+    missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     differing = [
         f"{name} is {list(tensors[name].shape)}, the config wants {list(shape)}"
-        for name, shape in own.items()
+        for name, shape in shapes.items()
         if name in tensors and tensors[name].shape != shape
     ]
     if missing or unknown or differing:
-        found = [f"missing {', '.join(_modules(missing))}"] if missing else []
-        found += [f"unknown {', '.join(_modules(unknown))}"] if unknown else []
-        found += differing[:3]
-        raise ValueError(f"{source} does not fit this config: {'; '.join(found)}")
+        problems = [f"missing {', '.join(_modules(missing))}"] if missing else []
+        problems += [f"unknown {', '.join(_modules(unknown))}"] if unknown else []
+        problems += differing[:3]
+        raise ValueError(f"{source} does not fit this config: {'; '.join(problems)}")
     adapter.load_state_dict(tensors)
 
 
@@ -121,24 +122,24 @@ def transfer(adapter: nn.Module, tensors: dict[str, Tensor], source: str) -> Tra
 
     Raises: ValueError when a tensor of the same name has another shape, or nothing fits at all.
     """
-    own = adapter.state_dict()
-    shared = [name for name in own if name in tensors]
-    wrong = [name for name in shared if own[name].shape != tensors[name].shape]
+    state = adapter.state_dict()
+    shared = [name for name in state if name in tensors]
+    wrong = [name for name in shared if state[name].shape != tensors[name].shape]
     if wrong:
         name = wrong[0]
         raise ValueError(
             f"{source} does not fit this config: {name} is {list(tensors[name].shape)}, the config wants "
-            f"{list(own[name].shape)} ({len(wrong)} such); use the encoder.* and qformer.* that it was trained with"
+            f"{list(state[name].shape)} ({len(wrong)} such); use the encoder.* and qformer.* that it was trained with"
         )
     if not shared:
         raise ValueError(f"{source} has no tensor in common with this model")
-    adapter.load_state_dict({**own, **{name: tensors[name] for name in shared}})
-    return Transfer(shared, [n for n in own if n not in tensors], [n for n in tensors if n not in own])
+    adapter.load_state_dict({**state, **{name: tensors[name] for name in shared}})
+    return Transfer(shared, [n for n in state if n not in tensors], [n for n in tensors if n not in state])
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, adapter: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], config: str,
-    keep: int,
+    run_dir: Path, step: int, adapter: nn.Module, optimizer: torch.optim.Optimizer, *, state: dict[str, Any],
+    config: str, keep: int,
 ) -> Path:  # fmt: skip
     """Write `checkpoints/step-N` and delete all but the newest `keep`. `state` is JSON."""
     folder = run_dir / "checkpoints" / f"step-{step}"
@@ -167,8 +168,8 @@ def load_checkpoint(folder: Path, adapter: nn.Module, optimizer: torch.optim.Opt
     if not (folder / STATE).is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {STATE}; expected a folder run.dir/checkpoints/step-N")
     tensors, moments, state = _load_tensors(folder / TENSORS), _load_tensors(folder / OPTIMIZER), _load_state(folder)
-    if wrong := damage(folder):
-        raise ValueError(f"{wrong}; resume from another checkpoint")
+    if corruption := find_corruption(folder):
+        raise ValueError(f"{corruption}; resume from another checkpoint")
     load_strictly(adapter, tensors, str(folder))
     fused = bool(optimizer.defaults.get("fused"))  # the fused kernel counts its steps on the device
     for name, parameter in adapter.named_parameters():
@@ -180,7 +181,7 @@ def load_checkpoint(folder: Path, adapter: nn.Module, optimizer: torch.optim.Opt
     return state
 
 
-def damage(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """What is wrong with the bytes of a checkpoint, None if nothing is."""
     if not (folder / STATE).is_file():
         return f"{folder} is no checkpoint: it has no {STATE}; expected a folder run.dir/checkpoints/step-N"
@@ -190,8 +191,8 @@ def damage(folder: Path) -> str | None:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [p for p in (run_dir / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    folders = [p for p in (run_dir / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 # What decides which features and which words an adapter was trained on.
@@ -201,16 +202,18 @@ IDENTITY = {
 }
 
 
-def require_same_parts(config: Stage1Config | Stage2Config, folder: Path, sections: tuple[str, ...]) -> None:
+def require_same_parts(config: ModelPart, folder: Path, sections: Iterable[str]) -> None:
     """Raise ValueError, naming both, when the adapter or checkpoint was trained with other frozen parts than the config's."""
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no adapter or checkpoint folder: it has no {CONFIG}")
-    trained = read_config(folder / CONFIG)
+    trained = read_values(folder)
     for section in sections:
-        if type(trained) is not type(config) and section == "llm":
-            raise ValueError(f"{folder} is of another stage than this config")
+        if section not in trained:
+            raise ValueError(
+                f"{folder} is of another stage than this config: {trained['stage']}, this is {config.stage}"
+            )
+        part = config.frozen()[section]
+        trained_part = read_section(folder, section, type(part))
         for key in IDENTITY[section]:
-            ours, theirs = getattr(getattr(config, section), key), getattr(getattr(trained, section), key)
+            ours, theirs = getattr(part, key), getattr(trained_part, key)
             if ours != theirs:
                 raise ValueError(
                     f"wrong adapter for this config: {folder} was trained with {section}.{key}={theirs}, "
@@ -225,14 +228,15 @@ HARMLESS = (
 )  # fmt: skip
 
 
-def changed_keys(config: Stage1Config | Stage2Config, folder: Path) -> list[str]:
+def changed_keys(config: ModelPart, folder: Path) -> list[str]:
     """What this config has otherwise than the one a checkpoint was trained with, a line each."""
-    trained = dataclasses.asdict(read_config(folder / CONFIG))
+    trained = read_values(folder)
     return [
         f"{section}.{key}={value}, was {trained[section][key]}"
         for section, keys in dataclasses.asdict(config).items()
+        if isinstance(keys, dict)
         for key, value in keys.items()
-        if not f"{section}.{key}".startswith(HARMLESS) and value != trained.get(section, {}).get(key)
+        if not f"{section}.{key}".startswith(HARMLESS) and value != trained.get(section, {}).get(key, value)
     ]
 
 

@@ -1,6 +1,5 @@
 """A trained adapter put to use: captions, answers, embeddings and matching scores, in batches."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qformer.build import build_stage1, build_stage2, build_transform
+from qformer.build import STAGES, build_stage, build_transform
 from qformer.checkpoint import load_strictly, read_adapter
-from qformer.config import LlmConfig, Stage1Config, Stage2Config, read_config
+from qformer.config import LlmConfig, ModelPart, Stage2Part, model_part, read_config, read_values
 from qformer.data import Record, clean_question, load_features, load_image
 from qformer.encoders import Features
-from qformer.models import Stage1Model, Stage2Model
+from qformer.models import Stage, Stage1, Stage2
 from qformer.text import PROMPTS
 
 Picture = Image.Image | str | Path | Tensor
@@ -35,23 +34,28 @@ def load(path: str | Path, device: str | None = None) -> "VisionLanguageModel":
         raise ValueError(
             f"{folder} is no adapter folder: it has no config.yaml; expected what a run leaves in run.dir/adapter"
         )
-    tensors, config = read_adapter(folder), read_config(folder / "config.yaml")
-    if device == "cpu" and isinstance(config, Stage2Config) and config.llm.quantise != "no":
+    tensors, config = read_adapter(folder), read_model_part(folder)
+    if device == "cpu" and isinstance(config, Stage2Part) and config.llm.quantise != "no":
         raise ValueError(
             f"{folder} has llm.quantise={config.llm.quantise}, which runs on CUDA only; to have it on the CPU, or to export "
             "it, set llm.quantise=no in its config.yaml: what was trained fits the whole weights as well"
         )
-    # a cache knows the pictures of its training only
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=None))
-    model: Stage1Model | Stage2Model
-    if isinstance(config, Stage2Config):
-        model, _ = build_stage2(config, initialise=False)
-    else:
-        model = build_stage1(config, initialise=False)
+    model = build_stage(config)
     load_strictly(model.adapter, tensors, str(folder))
     if device is None:
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     return VisionLanguageModel(model.eval().to(device), config)
+
+
+def read_model_part(folder: Path) -> ModelPart:
+    """What an adapter or run folder's `config.yaml` says of the model.
+
+    Raises: ValueError when its stage is unknown, or as `read_config` does.
+    """
+    stage = read_values(folder)["stage"]
+    if stage not in STAGES:
+        raise ValueError(f"{folder / 'config.yaml'}: stage: {stage!r} is not one of {', '.join(STAGES)}")
+    return read_config(folder, model_part(STAGES[stage][0]))
 
 
 class VisionLanguageModel:
@@ -60,9 +64,9 @@ class VisionLanguageModel:
     Pictures are PIL images, paths, or what `read` returned; with precomputed features, paths of .npy or .safetensors files.
     """
 
-    def __init__(self, model: Stage1Model | Stage2Model, config: Stage1Config | Stage2Config) -> None:
+    def __init__(self, model: Stage, config: ModelPart) -> None:
         self.model, self.config = model, config
-        self.transform = build_transform(model.encoder, config.data)
+        self.transform = build_transform(model.encoder)
         self.device = next(model.adapter.parameters()).device
 
     def caption(self, images: Sequence[Picture], prompt: str | None = None, **generation: Any) -> list[str]:
@@ -175,12 +179,12 @@ class VisionLanguageModel:
         mask = pad_sequence([torch.ones(len(part), dtype=torch.bool) for part in parts], batch_first=True)
         return self.model.encoder(pad_sequence(parts, batch_first=True).to(self.device), mask.to(self.device))
 
-    def _stage1(self, what: str) -> Stage1Model:
-        if not isinstance(self.model, Stage1Model):
+    def _stage1(self, what: str) -> Stage1:
+        if not isinstance(self.model, Stage1):
             raise ValueError(f"{what} needs a stage-1 adapter (contrastive and matching heads); this one is of stage 2")
         return self.model
 
-    def _stage2(self, what: str) -> tuple[Stage2Model, LlmConfig]:
-        if not isinstance(self.model, Stage2Model) or not isinstance(self.config, Stage2Config):
+    def _stage2(self, what: str) -> tuple[Stage2, LlmConfig]:
+        if not isinstance(self.model, Stage2) or not isinstance(self.config, Stage2Part):
             raise ValueError(f"{what} needs a stage-2 adapter (with a language model); this one is of stage 1")
         return self.model, self.config.llm

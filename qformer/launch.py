@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from qformer.config import Stage1Config, Stage2Config
+    from qformer.config import RunPart
 
 logger = logging.getLogger(__name__)
 SAME_SIGNAL_S = 3.0
@@ -60,7 +60,7 @@ def reported_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def start_accelerator(config: "Stage1Config | Stage2Config") -> "Accelerator":
+def start_accelerator(config: "RunPart") -> "Accelerator":
     """The Accelerator of this run: device, precision, trackers; the CPU where there is no accelerator.
 
     Raises: ValueError when several processes were launched but each would train alone, the precision does not fit, or a
@@ -70,7 +70,7 @@ def start_accelerator(config: "Stage1Config | Stage2Config") -> "Accelerator":
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.tracking import get_available_trackers
 
-    from qformer.distributed import take_over_sharding
+    from qformer.sharding import take_over_sharding
 
     cpu = config.train.cpu or not torch.accelerator.is_available()
     if cpu and config.train.mixed_precision == "fp16":

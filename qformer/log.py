@@ -88,6 +88,12 @@ class RunLog:
         except OSError as error:
             logger.warning("%s: step %d is not on the disk yet (%s)", self._file.name, step, error.strerror)
 
+    def has_validation(self, step: int) -> bool:
+        """Whether a validation at this step is in the file; only the main rank knows."""
+        assert self._file is not None
+        lines = map(json.loads, Path(self._file.name).read_text(encoding="utf-8").splitlines())
+        return any(line["step"] == step and any(k.startswith("validation_") for k in line) for line in lines)
+
     def progress(self, total_steps: int, first_step: int, every_steps: int = 50) -> "StepProgress":
         """A progress display from `first_step` to `total_steps`, for use in a `with`; silent off the main rank."""
         return StepProgress(total_steps, first_step, every_steps=every_steps, enabled=self.is_main)

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qformer.layers import Absorbed, Attention, FeedForward, KeysValues, Looked, Packing, dropout
+from qformer.kernels import AbsorbedKV, dropout
+from qformer.layers import Attention, FeedForward, ImageKV, KeysValues, Packing
 
 
 class ImageMemory(NamedTuple):
@@ -32,7 +33,7 @@ class ImageMemory(NamedTuple):
     Row r looks at image r % B, or where `image_of` is given at image_of[r % B']; nothing is copied for it.
     """
 
-    layers: list[KeysValues | Absorbed]
+    layers: list[KeysValues | AbsorbedKV]
     mask: Tensor | None  # bool[B, 1, 1, N]
     times: int = 1  # rows that look at each image
     image_of: Tensor | None = None  # int64[B']
@@ -55,23 +56,45 @@ class QueryPass(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: shared self-attention, cross-attention of the queries to the image, a feed-forward network each."""
+    """One layer of BERT that queries and text share, in which the queries also read the image.
+
+    1. self-attention of all tokens of a row, as far as `mask` lets them;
+    2. cross-attention of the queries to their image, in layers that have it;
+    3. a feed-forward network, one for queries and one for text.
+
+    Args:
+        encoder_width: Dv of the image features; None for a layer without cross-attention.
+        has_text: whether there is a text side.
+        recompute_ffn: see `FeedForward`.
+    """
 
     def __init__(
-        self, width: int, heads: int, ffn_width: int, dropout: float, encoder_width: int | None, has_text: bool
-    ) -> None:
+        self, *, width: int, heads: int, ffn_width: int, dropout: float, encoder_width: int | None, has_text: bool,
+        recompute_ffn: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.attention = Attention(width, width, heads, dropout)
         self.cross_attention = None if encoder_width is None else Attention(width, encoder_width, heads, dropout)
-        lean = has_text  # stage 1 keeps three passes for their gradient, stage 2 a small one
-        self.query_ffn = FeedForward(width, ffn_width, dropout, lean)
-        self.text_ffn = FeedForward(width, ffn_width, dropout, lean) if has_text else None
+        self.query_ffn = FeedForward(width, ffn_width, dropout, recompute=recompute_ffn)
+        self.text_ffn = FeedForward(width, ffn_width, dropout, recompute=recompute_ffn) if has_text else None
 
     def forward(
-        self, hidden: Tensor, packing: Packing, mask: Tensor | None,
-        images: Sequence[Looked], before: KeysValues | None, reads: Tensor | None,
+        self, hidden: Tensor, packing: Packing, mask: Tensor | None, *, images: Sequence[ImageKV] = (),
+        before: KeysValues | None = None, reads: Tensor | None = None,
     ) -> tuple[Tensor, KeysValues]:  # fmt: skip
-        hidden, keys_values = self.attention(hidden, packing, mask, before, reads)
+        """Packed tokens through the layer.
+
+        Args:
+            hidden: float[P, D], the tokens of R rows without padding: all rows' queries, then all rows' texts.
+            packing: where each token belongs.
+            mask: bool, broadcast to [R, H, Q + T, all keys], True = may look; None = everything.
+            images: keys and values of the images that the rows' queries read, group after group of rows.
+            before: more self-attention keys and values [R, H, L, E] in front of the tokens' own.
+            reads: int64[R, n], the tokens whose output somebody reads; None = all.
+
+        Returns: the tokens' output float[P, D] (float[R * n, D] with `reads`), and their keys and values [R, H, Q + T, E].
+        """
+        hidden, keys_values = self.attention(hidden, packing, mask, before=before, reads=reads)
         n_queries = packing.rows * packing.queries
         queries, text = hidden.split([n_queries, len(hidden) - n_queries])
         parts = []
@@ -79,7 +102,7 @@ class Block(nn.Module):
             if images:
                 assert self.cross_attention is not None
                 rows = queries.unflatten(0, (packing.rows, packing.queries))
-                queries = self.cross_attention.look(rows, images).flatten(0, 1)
+                queries = self.cross_attention.cross_attend(rows, images).flatten(0, 1)
             parts.append(self.query_ffn(queries))
         if len(text):
             assert self.text_ffn is not None, "this Q-Former was built without a text side"
@@ -99,28 +122,33 @@ class QFormer(nn.Module):
         cross_attention_frequency: layers 0, f, 2f, ... look at the image.
         init_std: standard deviation of initial weights, .02 in BERT.
         vocab_size: words of the text side; None leaves the text side out (stage 2 has no use for it).
+        recompute_ffn: spares memory for some time: stage 1 keeps three passes for their gradient, stage 2 a small one.
+
+    The passes, each a function of packed tokens and a mask over the same blocks:
+
+    1. `project_images`: image features to the keys and values of every cross-attention layer, once an image;
+    2. `query_pass`: the queries alone;
+    3. `text_pass`: the text alone; `causal_pass`: the text after the queries; `text_and_causal_pass`: both as one;
+    4. `matching_pass`: queries and text together.
     """
 
     def __init__(
         self, *, width: int, layers: int, heads: int, ffn_width: int, queries: int, encoder_width: int,
         cross_attention_frequency: int = 2, dropout: float = 0.1, vocab_size: int | None, max_text_positions: int = 512,
-        init_std: float = 0.02,
+        init_std: float = 0.02, recompute_ffn: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.width, self.dropout, self.vocab_size, self.max_text_positions = (
-            width,
-            dropout,
-            vocab_size,
-            max_text_positions,
-        )
+        self.width, self.dropout = width, dropout
+        self.vocab_size, self.max_text_positions = vocab_size, max_text_positions
         self.query_tokens = nn.Parameter(torch.empty(1, queries, width))
         self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
         self.word_embeddings = nn.Embedding(vocab_size, width) if vocab_size else None
         self.position_embeddings = nn.Embedding(max_text_positions, width) if vocab_size else None
         self.blocks = nn.ModuleList(
             Block(
-                width, heads, ffn_width, dropout,
-                encoder_width if i % cross_attention_frequency == 0 else None, vocab_size is not None,
+                width=width, heads=heads, ffn_width=ffn_width, dropout=dropout,
+                encoder_width=encoder_width if i % cross_attention_frequency == 0 else None,
+                has_text=vocab_size is not None, recompute_ffn=recompute_ffn,
             )
             for i in range(layers)
         )  # fmt: skip
@@ -155,7 +183,7 @@ class QFormer(nn.Module):
 
         Args:
             norm: applied to the features first; None where they are normed already.
-            once: a single row looks at each image. Where that takes fewer products, the projections are `Absorbed`: while
+            once: a single row looks at each image. Where that takes fewer products, the projections are `AbsorbedKV`: while
                 learning, so that inference rounds as other implementations do, and on CPUs, since a GPU's fused kernels have
                 no heads as wide as the features.
         """
@@ -169,7 +197,7 @@ class QFormer(nn.Module):
                 image_features = F.layer_norm(image_features, norm.normalized_shape, eps=norm.eps)
             else:
                 image_features = norm(image_features)
-        if not (once and fixed and image_features.is_cpu and self._looks_are_few(image_features)):
+        if not (once and fixed and image_features.is_cpu and self._absorbing_is_cheaper(image_features)):
             return ImageMemory([attention.keys_values(image_features, fold) for attention in looking], mask)
         if torch.is_autocast_enabled("cpu"):
             image_features = image_features.to(torch.get_autocast_dtype("cpu"))
@@ -177,7 +205,7 @@ class QFormer(nn.Module):
         image_features = F.pad(F.pad(image_features, (0, 1), value=1.0), (0, zeros))
         return ImageMemory([attention.absorb(image_features, fold) for attention in looking], mask)
 
-    def _looks_are_few(self, features: Tensor) -> bool:
+    def _absorbing_is_cheaper(self, features: Tensor) -> bool:
         """Whether projecting queries takes fewer products than projecting features float[B, N, Dv]."""
         (_, tokens, features_width), queries = features.shape, self.query_tokens.shape[1]
         heads = self.layers[0].attention.heads
@@ -188,7 +216,7 @@ class QFormer(nn.Module):
         """The queries look at the images and at each other: float[B, Q, D]."""
         packing = Packing(images.rows, self.query_tokens.shape[1], None)
         kept: list[KeysValues] = []
-        output = self._run(self._embed_queries(packing), packing, None, [images], kept=kept)
+        output = self._run(self._embed_queries(packing), packing, None, images=[images], kept=kept)
         return QueryPass(packing.pad(output), kept)
 
     def text_pass(self, text: Tensor, text_mask: Tensor, first: bool = False) -> Tensor:
@@ -216,7 +244,7 @@ class QFormer(nn.Module):
         hidden = torch.cat([self._embed_queries(packing), self._embed_text(text, packing)])
         mask = torch.cat([text_mask.new_ones(rows, n_queries), text_mask], 1)[:, None, None, :]
         reads = torch.arange(rows * n_queries, device=hidden.device).view(rows, n_queries)
-        return self._run(hidden, packing, mask, images, reads=reads).view(rows, n_queries, -1)
+        return self._run(hidden, packing, mask, images=images, reads=reads).view(rows, n_queries, -1)
 
     def causal_pass(self, text: Tensor, text_mask: Tensor, queries: QueryPass) -> Tensor:
         """The text sees all queries and earlier text: float[B, T, D], zero at padding; the same as the joint mask."""
@@ -247,7 +275,7 @@ class QFormer(nn.Module):
         if packing.length > self.max_text_positions:
             raise ValueError(
                 f"text of {packing.length} tokens is longer than qformer.max_text_positions={self.max_text_positions}; "
-                "shorten it, lower data.max_text_tokens, or raise qformer.max_text_positions"
+                "shorten it, lower qformer.max_text_tokens, or raise qformer.max_text_positions"
             )
         tokens = text.flatten(0, 1).index_select(0, packing.text)
         words = tokens if tokens.is_floating_point() else self.word_embeddings(tokens)
@@ -257,7 +285,7 @@ class QFormer(nn.Module):
         return dropout(self.embedding_norm(embedding), self.dropout if self.training else 0.0)
 
     def _run(
-        self, hidden: Tensor, packing: Packing, mask: Tensor | None, images: Sequence[ImageMemory] = (),
+        self, hidden: Tensor, packing: Packing, mask: Tensor | None, *, images: Sequence[ImageMemory] = (),
         before: list[KeysValues] | None = None, reads: Tensor | None = None, kept: list[KeysValues] | None = None,
     ) -> Tensor:  # fmt: skip
         """Packed tokens through all layers.
@@ -266,16 +294,17 @@ class QFormer(nn.Module):
             reads: the last layer's tokens that somebody reads, int64[R, n]; the others are not computed there.
             kept: gains every layer's self-attention keys and values.
         """
-        looked = 0
+        reading = 0  # of the layers with cross-attention
         for i, block in enumerate(self.layers):
-            seen = []
+            image_kv = []
             if images and block.cross_attention is not None:
-                seen = [Looked(m.layers[looked], m.mask, m.times, m.image_of) for m in images]
-                looked += 1
+                image_kv = [ImageKV(m.layers[reading], m.mask, m.times, m.image_of) for m in images]
+                reading += 1
             last = i == len(self.blocks) - 1
             hidden, keys_values = block(
-                hidden, packing, mask, seen, before[i] if before else None, reads if last else None
-            )
+                hidden, packing, mask,
+                images=image_kv, before=before[i] if before else None, reads=reads if last else None,
+            )  # fmt: skip
             if kept is not None:
                 kept.append(keys_values)
         return hidden

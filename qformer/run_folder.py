@@ -13,7 +13,7 @@ from typing import IO, TypeVar
 
 from torch import nn
 
-from qformer.checkpoint import damage, list_checkpoints, require_disk_space
+from qformer.checkpoint import find_corruption, list_checkpoints, require_disk_space
 from qformer.distributed import gather_objects, rank, world_size
 from qformer.files import remove_partial
 
@@ -53,21 +53,21 @@ def open_run(run_dir: Path, resume: str | None, adapter: nn.Module, keep: int) -
     Raises: ValueError, on all ranks, when the folder cannot be written, is in use, too small, or holds another run; when
         the checkpoint named is damaged, or none is whole.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
 
         def begin() -> Path | None:
-            held.enter_context(_held_alone(run_dir))
+            locks.enter_context(exclusive_lock(run_dir))
             for folder in (run_dir, run_dir / "checkpoints"):  # what a killed run had begun; the lock is held
                 remove_partial(folder)
-            found = _resume_from(run_dir, resume)
+            checkpoint = resume_from(run_dir, resume)
             require_disk_space(run_dir, adapter, keep)
-            return found
+            return checkpoint
 
         yield on_first_rank(begin)
 
 
 def save_or_go_on(save: Callable[[], object], run_dir: Path, step: int, must: bool) -> bool:
-    """Save on the first rank; a full or broken disk is told of and training goes on. Returns: whether it was saved.
+    """Save on the first rank; a full or broken disk is a warning and training goes on. Returns: whether it was saved.
 
     Raises: OSError instead, on all ranks, when this save `must` be: the last of a run.
     """
@@ -75,19 +75,19 @@ def save_or_go_on(save: Callable[[], object], run_dir: Path, step: int, must: bo
         on_first_rank(save)
         return True
     except OSError as error:
-        found = list_checkpoints(run_dir)
+        saved = list_checkpoints(run_dir)
         what = f"step {step} cannot be saved in run.dir={run_dir} ({error}); " + (
-            f"the newest checkpoint is {found[-1].name}" if found else "there is no checkpoint yet"
+            f"the newest checkpoint is {saved[-1].name}" if saved else "there is no checkpoint yet"
         )
         if must:
-            raise OSError(f"{what}. Make room or mend the disk, then go on with train.resume=auto") from error
+            raise OSError(f"{what}. Make room or repair the disk, then go on with train.resume=auto") from error
         if rank() == 0:
             logger.warning("%s. Training goes on; the next checkpoint is tried as usual", what)
         return False
 
 
 @contextlib.contextmanager
-def _held_alone(run_dir: Path) -> Iterator[None]:
+def exclusive_lock(run_dir: Path) -> Iterator[None]:
     """Lock the folder for as long as this process lives; a killed run leaves no lock.
 
     A lock by `fcntl` and not by `flock`: the workers of a killed run live on for seconds and would still hold the latter.
@@ -121,24 +121,28 @@ def _owner(file: IO[str]) -> str:
     return file.read(200).strip() or "another run"
 
 
-def _resume_from(run_dir: Path, resume: str | None) -> Path | None:
-    found = list_checkpoints(run_dir)
-    if resume is None and found:
+def resume_from(run_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint that `train.resume` means, None for a fresh start; "auto" passes over damaged ones with a warning.
+
+    Raises: ValueError when the run folder holds a run that is not to be resumed, or no checkpoint is whole.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    if resume is None and checkpoints:
         raise ValueError(
-            f"run.dir={run_dir} already holds a run ({found[-1].name}); go on with train.resume=auto, "
+            f"run.dir={run_dir} already holds a run ({checkpoints[-1].name}); go on with train.resume=auto, "
             "or choose another run.dir"
         )
     if resume is None:
         return None
     if resume != "auto":
-        if wrong := damage(Path(resume)):
-            raise ValueError(f"{wrong}; resume from another checkpoint")
+        if corruption := find_corruption(Path(resume)):
+            raise ValueError(f"{corruption}; resume from another checkpoint")
         return Path(resume)
-    for folder in reversed(found):
-        wrong = damage(folder)
-        if wrong is None:
+    for folder in reversed(checkpoints):
+        corruption = find_corruption(folder)
+        if corruption is None:
             return folder
-        logger.warning("%s; going back to the checkpoint before it", wrong)
-    if found:
+        logger.warning("%s; going back to the checkpoint before it", corruption)
+    if checkpoints:
         raise ValueError(f"no checkpoint in run.dir={run_dir} is whole; begin anew in another run.dir")
     return None

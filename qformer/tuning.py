@@ -12,33 +12,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qformer.config import Stage1Config, Stage2Config
-from qformer.distributed import block_stacks, shards_frozen
+from qformer.config import ModelPart, RunPart
 from qformer.encoders import FrozenEncoder
 from qformer.lora import Lora, Shared, add_lora
-from qformer.models import Stage1Model, Stage2Model
+from qformer.models import Stage
+from qformer.sharding import block_stacks, shards_frozen
 
 logger = logging.getLogger(__name__)
-Model = Stage1Model | Stage2Model
-Config = Stage1Config | Stage2Config
 
 ENCODER, ENCODER_LORA, LLM_LORA = "encoder", "encoder_lora", "llm_lora"  # names in the adapter
-BESIDE = {ENCODER: "tune.encoder=full", ENCODER_LORA: "tune.encoder=lora", LLM_LORA: "tune.llm=lora"}
+EXTRA_TRAINABLE = {ENCODER: "tune.encoder=full", ENCODER_LORA: "tune.encoder=lora", LLM_LORA: "tune.llm=lora"}
 PARTS = ("qformer", "encoder", "llm")
 
 
-def require_tunable(config: Config) -> None:
+def require_tunable(config: ModelPart) -> None:
     """Refuse, before any weight is loaded, what cannot learn or be computed again.
 
     Raises: ValueError, one line for all that is wrong.
     """
-    tune, stage2 = config.tune, isinstance(config, Stage2Config)
-    learns_encoder, no_llm = tune.encoder != "no", "stage 1 has no language model; remove it"
+    tune, has_llm = config.tune, "llm" in config.frozen()
+    run = config if isinstance(config, RunPart) else RunPart()
+    learns_encoder, no_llm = tune.encoder != "no", f"{config.stage} has no language model; remove it"
     problems = [
-        (tune.llm != "no" and not stage2, f"tune.llm={tune.llm}: {no_llm}"),
+        (tune.llm != "no" and not has_llm, f"tune.llm={tune.llm}: {no_llm}"),
         (learns_encoder and config.encoder.loader == "features",
          f"tune.encoder={tune.encoder}: encoder.loader=features has no weights to train; set it to no"),
-        (learns_encoder and config.data.features is not None,
+        (learns_encoder and run.data.features is not None,
          f"tune.encoder={tune.encoder} with data.features: a cache holds what the encoder said before it learnt; set "
          "data.features=null"),
         (tune.encoder == "full" and config.encoder.dtype != "float32",
@@ -47,49 +46,47 @@ def require_tunable(config: Config) -> None:
         ((learns_encoder or tune.llm != "no") and shards_frozen(),
          "tune.*: frozen models that learn cannot be sharded by FSDP2; launch with configs/accelerate/multi_gpu.yaml, or "
          "set tune.encoder=no and tune.llm=no"),
-        (learns_encoder and isinstance(config, Stage1Config) and config.stage1.itc_batch_size is not None,
-         f"tune.encoder={tune.encoder} with stage1.itc_batch_size: its two passes keep an encoder's features, which must "
-         "be frozen; set one of them to no or null"),
     ]  # fmt: skip
-    for part in config.train.gradient_checkpointing:
-        said = f"train.gradient_checkpointing: {part}"
+    for part in run.train.gradient_checkpointing:
+        key = f"train.gradient_checkpointing: {part}"
         problems += [
-            (part not in PARTS, f"{said!r} is not one of {', '.join(PARTS)}"),
-            (part == "llm" and not stage2, f"{said}: {no_llm}"),
-            (part == "encoder" and not learns_encoder, f"{said}: a frozen encoder keeps no activations; remove it"),
+            (part not in PARTS, f"{key!r} is not one of {', '.join(PARTS)}"),
+            (part == "llm" and not has_llm, f"{key}: {no_llm}"),
+            (part == "encoder" and not learns_encoder, f"{key}: a frozen encoder keeps no activations; remove it"),
         ]
-    if found := [text for wrong, text in problems if wrong]:
-        raise ValueError("; ".join(found))
+    if wrong := [text for is_wrong, text in problems if is_wrong]:
+        raise ValueError("; ".join(wrong))
 
 
-def add_trainable(model: Model, config: Config) -> None:
+def add_trainable(model: Stage, config: ModelPart) -> None:
     """Make learn what `tune.*` names, and compute again what `train.gradient_checkpointing` names.
 
     Raises: ValueError when LoRA's targets do not fit.
     """
     tune = config.tune
     lora: dict[str, Any] = {"rank": tune.lora_rank, "alpha": tune.lora_alpha, "targets": tune.lora_targets}
-    found: dict[str, Shared] = {}
+    learning: dict[str, Shared] = {}
     if tune.encoder != "no":
         encoder = model.encoder
         assert encoder.tower is not None
         if tune.encoder == "lora":
-            found[ENCODER_LORA] = add_lora(encoder.tower, _blocks(encoder), name=config.encoder.id, **lora)
+            learning[ENCODER_LORA] = add_lora(encoder.tower, _blocks(encoder), name=config.encoder.id, **lora)
         else:
-            found[ENCODER] = _unfreeze(encoder)
+            learning[ENCODER] = _unfreeze(encoder)
         encoder.learns = tune.encoder
-    if isinstance(config, Stage2Config) and tune.llm == "lora":
-        assert isinstance(model, Stage2Model)
-        found[LLM_LORA] = add_lora(model.llm.model, _blocks(model.llm), name=config.llm.id, **lora)
-    for name, shared in found.items():
+    if tune.llm == "lora":
+        llm = model.frozen()["llm"]
+        learning[LLM_LORA] = add_lora(llm, _blocks(llm), name=config.frozen()["llm"].id, **lora)
+    for name, shared in learning.items():
         model.adapter.add_module(name, shared)
         logger.info("%s: %.3g M parameters learn as well", name, sum(p.numel() for p in shared.parameters()) / 1e6)
-    recompute(model, config.train.gradient_checkpointing)
+    if isinstance(config, RunPart):
+        checkpoint_activations(model, config.train.gradient_checkpointing)
 
 
 def parts_beside(adapter: nn.Module) -> dict[str, Tensor]:
     """The tensors of an adapter that are not the Q-Former's and its projections'."""
-    return {name: tensor for name, tensor in adapter.state_dict().items() if _part(name) in BESIDE}
+    return {name: tensor for name, tensor in adapter.state_dict().items() if _part(name) in EXTRA_TRAINABLE}
 
 
 def require_learnt_parts(adapter: nn.Module, tensors: dict[str, Tensor], source: str) -> set[str]:
@@ -97,10 +94,10 @@ def require_learnt_parts(adapter: nn.Module, tensors: dict[str, Tensor], source:
 
     Raises: ValueError when this one has no place for one of them: without it the rest would mean something else.
     """
-    learnt = {_part(name) for name in tensors} & set(BESIDE)
+    learnt = {_part(name) for name in tensors} & set(EXTRA_TRAINABLE)
     for name in sorted(learnt - dict(adapter.named_children()).keys()):
         raise ValueError(
-            f"{source} was trained with {BESIDE[name]}, without which it is another model; set that here too"
+            f"{source} was trained with {EXTRA_TRAINABLE[name]}, without which it is another model; set that here too"
         )
     return learnt
 
@@ -109,9 +106,9 @@ def _part(name: str) -> str:
     return name.partition(".")[0]
 
 
-def fold(model: Model) -> None:
+def merge_into_frozen(model: Stage) -> None:
     """Leave what has learnt beside the Q-Former in the models themselves, and only the Q-Former's in the adapter."""
-    for name in BESIDE:
+    for name in EXTRA_TRAINABLE:
         if name in dict(model.adapter.named_children()):
             shared = model.adapter.get_submodule(name)
             if isinstance(shared, Lora):
@@ -119,19 +116,16 @@ def fold(model: Model) -> None:
             delattr(model.adapter, name)
 
 
-def recompute(model: Model, parts: list[str]) -> None:
+def checkpoint_activations(model: Stage, parts: list[str]) -> None:
     """Keep only what enters each block of these parts, and compute the block again in the backward pass."""
-    llm = model.llm if isinstance(model, Stage2Model) else None
-    modules: dict[str, nn.Module | None] = {"qformer": model.adapter.qformer, "encoder": model.encoder, "llm": llm}
+    modules = {"qformer": model.adapter.get_submodule("qformer"), **model.frozen()}
     for part in parts:
-        module = modules[part]
-        assert module is not None
-        for block in _blocks(module):
+        for block in _blocks(modules[part]):
             # The Q-Former alone draws random numbers, in dropout; the same have to be drawn again.
-            block.forward = _again(block.forward, draws=part == "qformer")  # type: ignore[method-assign]
+            block.forward = _checkpointed(block.forward, draws=part == "qformer")  # type: ignore[method-assign]
 
 
-def _again(forward: Callable[..., Any], draws: bool) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], draws: bool) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -146,14 +140,14 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 def _unfreeze(encoder: FrozenEncoder) -> Shared:
     """All parameters that the tapped block's output depends on; a pooler or a last norm stays frozen."""
-    tower, given = encoder.tower, encoder.input_transform
+    tower, transform = encoder.tower, encoder.input_transform
     assert tower is not None
-    assert given is not None
+    assert transform is not None
     tower.requires_grad_(True)
     encoder.learns = "full"
     device = next(tower.parameters()).device
     with torch.enable_grad():
-        encoder(torch.zeros(1, 3, given.size, given.size, device=device)).tokens.sum().backward()
+        encoder(torch.zeros(1, 3, transform.size, transform.size, device=device)).tokens.sum().backward()
     reached = {name: p for name, p in tower.named_parameters() if p.grad is not None}
     for name, parameter in tower.named_parameters():
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""Numbers on held-out records while a run trains: losses, recall@1 both ways, a few captions."""
+"""Numbers on held-out records while a run trains: losses, recall@1 both ways, a few texts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,32 +7,28 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from qformer.config import Stage1Config, Stage2Config
 from qformer.data import GlobalBatches, Order, RecordDataset, derive_seed, training_loader
 from qformer.distributed import gather, gather_objects, sum_over_ranks
 from qformer.metrics import recall_at_k
-from qformer.models import Prepared, Stage1Model, Stage2Model
+from qformer.models import Stage
 
 
 @torch.no_grad()
 def validate(
-    model: Stage1Model | Stage2Model,
-    validation: RecordDataset,
-    config: Stage1Config | Stage2Config,
-    accelerator: Accelerator,
+    model: Stage, validation: RecordDataset, accelerator: Accelerator, *, micro_batch_size: int, max_records: int,
     stop: Sequence[float] = (),
-) -> dict[str, Any] | None:
-    """Losses on held-out records; stage 1 adds recall@1 both ways over all of them, stage 2 a few captions.
+) -> dict[str, Any] | None:  # fmt: skip
+    """Losses on held-out records; recall@1 both ways over all of them where there are embeddings, and a few texts.
 
     Every rank reads the same number of records (a broken one is replaced), in the same order at every validation.
 
     Args:
+        max_records: over all ranks.
         stop: not empty as soon as this rank was told to stop; all ranks then return None after the same batch.
     """
-    options, world = config.train, accelerator.num_processes
-    micro = options.micro_batch_size
-    count = max(1, min(options.validation_records, len(validation)) // (micro * world))
-    batches = GlobalBatches(Order(len(validation), seed=0), world, accelerator.process_index, micro)
+    world = accelerator.num_processes
+    count = max(1, min(max_records, len(validation)) // (micro_batch_size * world))
+    batches = GlobalBatches(Order(len(validation), seed=0), world, accelerator.process_index, micro_batch_size)
     loader = iter(training_loader(validation, batches, 0))
     model.eval()
     totals: dict[str, float] = {}
@@ -47,26 +43,25 @@ def validate(
             return None
         with accelerator.autocast():
             output = model(prepared, tokens / world)
+            captions += model.sample(prepared) if i == 0 else []
         for name, value in output.metrics.items():
             if name != "temperature":
                 totals[name] = totals.get(name, 0.0) + float(value) / (count * world)
         if output.image_embeds is not None and output.text_embeds is not None:
             embeds.append((gather(output.image_embeds), gather(output.text_embeds), prepared.batch.image_ids))
-        elif i == 0 and isinstance(model, Stage2Model):
-            captions = _captions(model, prepared, config, accelerator)
     model.train()
     means = sum_over_ranks(torch.tensor(list(totals.values()), device=accelerator.device)).tolist()
-    found: dict[str, Any] = {f"validation_{name}": mean for name, mean in zip(totals, means, strict=True)}
+    results: dict[str, Any] = {f"validation_{name}": mean for name, mean in zip(totals, means, strict=True)}
     if embeds:
-        ids = [i for _, _, own in embeds for per_rank in gather_objects(own) for i in per_rank]
-        found |= _recall(torch.cat([i for i, _, _ in embeds]), torch.cat([t for _, t, _ in embeds]), ids)
+        ids = [i for _, _, of_rank in embeds for per_rank in gather_objects(of_rank) for i in per_rank]
+        results |= _recall(torch.cat([i for i, _, _ in embeds]), torch.cat([t for _, t, _ in embeds]), ids)
     if captions:
-        found["captions"] = captions
-    return found
+        results["captions"] = captions
+    return results
 
 
 def _recall(image_embeds: Tensor, text_embeds: Tensor, image_ids: list[str]) -> dict[str, float]:
-    """Recall@1 in percent; a picture that several captions share stands once."""
+    """Recall@1 in percent; an image that several captions share stands once."""
     first = {name: row for row, name in reversed(list(enumerate(image_ids)))}
     rows = sorted(first.values())
     column = {image_ids[row]: i for i, row in enumerate(rows)}
@@ -78,27 +73,8 @@ def _recall(image_embeds: Tensor, text_embeds: Tensor, image_ids: list[str]) -> 
     }
 
 
-def _captions(
-    model: Stage2Model,
-    prepared: Prepared,
-    config: Stage1Config | Stage2Config,
-    accelerator: Accelerator,
-    count: int = 4,
-) -> list[dict[str, str]]:
-    assert isinstance(config, Stage2Config)
-    batch = prepared.batch
-    mask = None if batch.image_mask is None else batch.image_mask[:count]
-    prompts = [config.llm.prompt] * len(batch.images[:count])
-    with accelerator.autocast():
-        visual_prompt = model.visual_prompt(model.encoder(batch.images[:count], mask), prompts)
-    said = model.llm.generate(
-        visual_prompt.float(), prompts, num_beams=1, max_new_tokens=config.llm.caption_max_new_tokens
-    )
-    return [{"said": s, "caption": c} for s, c in zip(said, batch.texts, strict=False)]
-
-
-def describe_validation(found: dict[str, Any]) -> str:
+def describe_validation(results: dict[str, Any]) -> str:
     """One line of numbers, then one of each caption."""
-    numbers = {k.removeprefix("validation_"): v for k, v in found.items() if isinstance(v, float)}
+    numbers = {k.removeprefix("validation_"): v for k, v in results.items() if isinstance(v, float)}
     lines = [", ".join(f"{k} {v:.3g}" for k, v in numbers.items())]
-    return "\n".join(lines + [f"    {c['said']!r} for {c['caption']!r}" for c in found.get("captions", [])])
+    return "\n".join(lines + [f"    {c['generated']!r} for {c['caption']!r}" for c in results.get("captions", [])])

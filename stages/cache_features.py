@@ -11,20 +11,18 @@ Feature files of your own (configs/encoder/features.yaml) become a cache in the 
 
 import argparse
 import logging
-import re
 import sys
 import time
 from datetime import timedelta
+from typing import Any
 
 from rich.progress import track
 
-from qformer.config import ConfigError, Stage1Config, Stage2Config, load_config
+from qformer.config import ConfigError, Stage1Config, load_config, named_stage
 
 logger = logging.getLogger("qformer")
 
-# What only training reads.
-PLACEHOLDERS = ["run.dir=runs/unused", "train.max_steps=1", "train.global_batch_size=1", "train.micro_batch_size=1",
-                "optim.warmup_steps=0"]  # fmt: skip
+READ = ("encoder", "data")  # of a stage's config; the rest may lack values
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shard-mb", type=float, default=256, help="size of a shard; one is in memory at a time")
     args = parser.parse_intermixed_args(argv)
     config = _config(args.config)
-    # Only now what imports torch: a mistake in the config is told at once.
+    # Only now what imports torch: a mistake in the config is reported at once.
     from qformer.build import build_cache_writer
     from qformer.launch import configure_logging, reported_errors, start_accelerator
 
@@ -85,14 +83,16 @@ def _counted(batches):
         yield from range(count)
 
 
-def _config(arguments: list[str]) -> Stage1Config | Stage2Config:
+def _config(arguments: list[str]) -> Any:
     try:
-        try:
-            return load_config(Stage1Config, [*PLACEHOLDERS, *arguments])
-        except ConfigError as error:
-            if not re.match(r"unknown key (llm|stage2)\b", str(error)):
-                raise
-        return load_config(Stage2Config, [*PLACEHOLDERS, "llm.id=unused", *arguments])
+        if named_stage(arguments) in (None, Stage1Config.stage):  # any stage's config will do
+            return load_config(Stage1Config, arguments, needed=READ)
+        from qformer.build import STAGES
+
+        stage = named_stage(arguments)
+        if stage not in STAGES:
+            raise ConfigError(f"stage: {stage!r} is not one of {', '.join(STAGES)}")
+        return load_config(STAGES[stage][0], arguments, needed=READ)
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

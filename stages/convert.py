@@ -16,9 +16,10 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from qformer.checkpoint import save_adapter
-from qformer.config import Stage1Config, Stage2Config, load_config, to_yaml
+from qformer.config import load_config, to_yaml
 from qformer.files import atomic_folder
 from qformer.interop.frozen import filled_adapter
 from qformer.interop.keys import Imported
@@ -62,21 +63,21 @@ def main(argv: list[str] | None = None) -> None:
     print(f"peak memory {peak / 1e9:.2f} GB")
 
 
-def _overridden(config: Stage1Config | Stage2Config, arguments: list[str]) -> Stage1Config | Stage2Config:
+def _overridden(config: Any, arguments: list[str]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         (path := Path(folder) / "config.yaml").write_text(to_yaml(config))
         files = [str(path), *arguments]
-        return load_config(Stage2Config, files) if _stage(config) == 2 else load_config(Stage1Config, files)
+        return load_config(type(config), files)
 
 
-def _stage(config: Stage1Config | Stage2Config) -> int:
-    return 2 if isinstance(config, Stage2Config) else 1
+def _stage(config: Any) -> int:
+    return 2 if config.stage == "stage2" else 1
 
 
 def _card(imported: Imported, library: str, source: str) -> str:
     """README.md of the adapter folder."""
     config = imported.config
-    llm = f"- language model: `{config.llm.id}`\n" if isinstance(config, Stage2Config) else ""
+    llm = f"- language model: `{config.llm.id}`\n" if config.stage == "stage2" else ""
     return (
         f"# qformer adapter, stage {_stage(config)}, converted from {library}\n\n"
         "Trainable tensors of a Q-Former between frozen models.\n\n"

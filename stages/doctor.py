@@ -4,20 +4,19 @@ python stages/doctor.py configs/shapes/stage1.yaml run.dir=runs/demo/stage1
 python stages/doctor.py configs/stage2.yaml configs/encoder/eva_g.yaml configs/llm/opt_2.7b.yaml configs/data/coco.yaml \\
     stage2.init_from=runs/s1/adapter run.dir=runs/s2 --processes 16 --json doctor.json
 
-Takes what stages/stage1.py or stage2.py would be given (stage 2 where there is an llm) and says of every check "ok",
+Takes what stages/stage1.py or stage2.py would be given and says of every check "ok",
 "warning" or "FAILED" with the fix. Exit code 2 if one failed. The run folder is left as it is.
 """
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
-from qformer.config import ConfigError, Stage1Config, Stage2Config, load_config
+from qformer.config import ConfigError, load_config, named_stage
 from qformer.doctor.report import FAILED, OK, Finding, shown, write_json
 
 
@@ -36,11 +35,17 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(handlers=[quiet], force=True)
 
     try:
-        config = _config(args.config)
+        stage = named_stage(args.config)
+        from qformer.build import STAGES
+
+        if stage not in STAGES:
+            raise ConfigError(
+                f"stage: {stage!r} is not one of {', '.join(STAGES)}; name configs/stage1.yaml or stage=stage1"
+            )
+        config = load_config(STAGES[stage][0], args.config)
     except ConfigError as error:
         found: Iterable[Finding] = [Finding("config", FAILED, str(error))]
     else:
-        # Only now what imports torch: a mistake in the config is told at once.
         from qformer.doctor.examine import examine
 
         found = examine(config, processes=args.processes, sample=args.sample, trial=not args.quick)
@@ -52,15 +57,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(findings)} checks: {failed} failed, {warned} warned" if failed or warned else "all is well")
     if failed:
         raise SystemExit(2)
-
-
-def _config(arguments: list[str]) -> Stage1Config | Stage2Config:
-    try:
-        return load_config(Stage1Config, arguments)
-    except ConfigError as error:
-        if not re.match(r"unknown key (llm|stage2)\b", str(error)):
-            raise
-    return load_config(Stage2Config, arguments)
 
 
 if __name__ == "__main__":

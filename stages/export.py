@@ -9,6 +9,7 @@ Q-Former alone; OUT/README.md says how to run it. What was written is loaded by 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from qformer.inference import load
 from qformer.launch import reported_errors
@@ -29,24 +30,24 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.out} exists already; name a folder that does not, or remove it")
         inside = args.adapter / "adapter"
         loaded = load(inside if inside.is_dir() else args.adapter, device="cpu")
+        model: Any = loaded.model
+        config: Any = loaded.config
         if args.to:
             from qformer.data import Record, load_image
             from qformer.interop.export import export
 
             picture = load_image(Record(str(args.picture), str(args.picture))) if args.picture else None
-            report = export(loaded.model, loaded.config, args.out, picture)
+            report = export(model, config, args.out, picture)
             print("\n".join(report.lines()))
         else:
-            from qformer.config import Stage2Config
             from qformer.interop.export import write_visual_prompts
-            from qformer.models import Stage2Model
 
-            if not isinstance(loaded.model, Stage2Model) or not isinstance(loaded.config, Stage2Config):
+            if config.stage != "stage2":
                 raise ValueError(f"{args.adapter} is of stage 1; visual prompts need stage 2, with a language model")
-            prompt = loaded.config.llm.prompt if args.prompt is None else args.prompt
+            prompt = config.llm.prompt if args.prompt is None else args.prompt
             features = ((name, loaded.encode([name])) for name in args.visual_prompts)
-            count = write_visual_prompts(loaded.model, loaded.config, features, prompt, args.out)
-            print(f"{count} visual prompts for {loaded.config.llm.id}")
+            count = write_visual_prompts(model, config, features, prompt, args.out)
+            print(f"{count} visual prompts for {config.llm.id}")
         print(f"{args.out}: written; README.md says how to run it")
 
 

@@ -8,7 +8,7 @@ from qformer.config import Stage1Config, parse_arguments
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(Stage1Config, __doc__, argv)
-    # Only now what imports torch: a mistake in the config is told at once.
+    # Only now what imports torch: a mistake in the config is reported at once.
     from qformer.build import build_dataset, build_stage1
     from qformer.launch import configure_logging, reported_errors, start_accelerator
     from qformer.training import fit
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
         train = build_dataset(config.data, model.encoder, "train", config.train.seed)
         validation = build_dataset(config.data, model.encoder, "validation", 0) if config.data.validation else None
 
-        fit(model, train, validation, config, accelerator)  # leaves run.dir/adapter
+        fit(model, train, validation, config=config, accelerator=accelerator)  # leaves run.dir/adapter
 
 
 if __name__ == "__main__":

@@ -4,16 +4,12 @@
         configs/data/coco.yaml stage2.init_from=runs/s1/adapter run.dir=runs/s2
 """
 
-import logging
-
 from qformer.config import Stage2Config, parse_arguments
-
-logger = logging.getLogger("qformer")
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(Stage2Config, __doc__, argv)
-    # Only now what imports torch: a mistake in the config is told at once.
+    # Only now what imports torch: a mistake in the config is reported at once.
     from qformer.build import build_dataset, build_stage2
     from qformer.launch import configure_logging, reported_errors, start_accelerator
     from qformer.training import fit
@@ -22,16 +18,11 @@ def main(argv: list[str] | None = None) -> None:
         accelerator = start_accelerator(config)
         configure_logging(accelerator.is_main_process)
 
-        # frozen encoder and LLM; trainable: feature norm, Q-Former, projection
-        model, transferred = build_stage2(config)
-        if transferred:
-            logger.info(transferred.report(str(config.stage2.init_from)))
-        else:
-            logger.warning("stage2.init_from is null: the Q-Former starts from nothing, without stage 1")
+        model = build_stage2(config)  # frozen encoder and LLM; trainable: feature norm, Q-Former, projection
         train = build_dataset(config.data, model.encoder, "train", config.train.seed)
         validation = build_dataset(config.data, model.encoder, "validation", 0) if config.data.validation else None
 
-        fit(model, train, validation, config, accelerator)  # leaves run.dir/adapter
+        fit(model, train, validation, config=config, accelerator=accelerator)  # leaves run.dir/adapter
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from qformer.build import build_stage2
 from qformer.checkpoint import save_adapter
 from qformer.config import LlmConfig, Stage2Config, Stage2Section, to_yaml
+from qformer.config.schema import RunConfig, TrainConfig
 from qformer.inference import VisionLanguageModel, load
 from qformer.interop.blip2 import LAYOUTS, adapter_like, config_of, import_blip2
 from qformer.interop.frozen import filled_adapter
@@ -218,9 +219,10 @@ def test_a_logit_scale_becomes_the_temperature(retrieval, tmp_path):
 def test_stage_2_with_a_language_model_of_choice_starts_from_an_imported_stage_1(retrieval, tiny):
     given = retrieval.imported.config
     start, llm = Stage2Section(init_from=str(retrieval.folder.parent / "adapter")), LlmConfig(id=tiny.opt)
-    config = Stage2Config(given.run, given.train, given.optim, given.data, given.encoder, given.qformer, llm, start)
-    model, transfer = build_stage2(config)
-    assert transfer.new == ["language_projection.weight", "language_projection.bias"]
+    run = {"run": RunConfig("unused"), "train": TrainConfig(1, global_batch_size=1, micro_batch_size=1)}
+    config = Stage2Config(encoder=given.encoder, qformer=given.qformer, llm=llm, stage2=start, **run)
+    model = build_stage2(config)
+    assert model.transferred.new == ["language_projection.weight", "language_projection.bias"]
     assert torch.equal(model.adapter.qformer.query_tokens, retrieval.theirs.query_tokens)
     assert torch.equal(model.adapter.feature_norm.bias, retrieval.theirs.vision_model.post_layernorm.bias)
 

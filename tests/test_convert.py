@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from qformer.checkpoint import read_adapter
-from qformer.config import Stage1Config, Stage2Config, read_config
+from qformer.config import Stage1Part, Stage2Part
+from qformer.inference import read_model_part
 from qformer.interop.lavis import import_lavis, import_tensors
 
 # The layouts of the released files, written down from their key lists and not from our tables.
@@ -172,11 +173,11 @@ def test_the_released_files_are_covered_to_the_last_key(tmp_path, file, text, he
     assert [q.layers, q.width, q.heads, q.ffn_width, q.queries] == [12, 768, 12, 3072, 32]
     assert [q.cross_attention_frequency, q.max_text_positions, q.contrastive_width] == [2, 512, 256]
     if projection:
-        assert isinstance(config, Stage2Config)
+        assert isinstance(config, Stage2Part)
         assert config.stage2.instructed == text
         assert config.llm.activation == ("gelu" if projection[0] == "t5_proj" else None)
     else:
-        assert isinstance(config, Stage1Config)
+        assert isinstance(config, Stage1Part)
 
 
 def test_convert_writes_an_adapter_of_the_same_tensors(toy, tmp_path, capsys):
@@ -188,7 +189,7 @@ def test_convert_writes_an_adapter_of_the_same_tensors(toy, tmp_path, capsys):
     assert tensors["qformer.blocks.1.text_ffn.up.weight"].equal(
         theirs["Qformer.bert.encoder.layer.1.intermediate.dense.weight"]
     )
-    assert read_config(tmp_path / "out" / "config.yaml").qformer.queries == TOY["queries"]
+    assert read_model_part(tmp_path / "out").qformer.queries == TOY["queries"]
     said = capsys.readouterr().out
     assert f"{len(tensors)} tensors mapped" in said
     assert "tied to the word embeddings" in said
@@ -222,7 +223,7 @@ def test_an_instructed_file_is_known_by_its_words(toy, tmp_path):
     theirs = drawn(layout(TOY, text=True, heads=False, projection=("t5_proj", 48)))
     llm = llm_folder(tmp_path / "llm", "t5", 48)
     config, tensors, _ = import_tensors(theirs, "t5 instructed", [*arguments, f"llm.id={llm}"])
-    assert isinstance(config, Stage2Config)
+    assert isinstance(config, Stage2Part)
     assert config.stage2.instructed
     assert "qformer.word_embeddings.weight" in tensors
 
@@ -236,7 +237,7 @@ def test_an_encoder_inside_becomes_a_folder_of_transformers(toy, tmp_path):
     torch.save({"model": theirs | {f"visual_encoder.{n}": t for n, t in eva.items()}}, tmp_path / "tuned.pth")
     out = tmp_path / "out"
     convert(tmp_path / "tuned.pth", out, "--encoder-heads", "3", arguments[2])
-    encoder = read_config(out / "config.yaml").encoder
+    encoder = read_model_part(out).encoder
     assert (encoder.loader, encoder.id, encoder.block) == ("transformers", str(out / "encoder"), -1)
     model = Blip2VisionModel.from_pretrained(out / "encoder")
     assert (model.config.num_attention_heads, model.config.image_size, model.config.patch_size) == (3, 12, 4)
@@ -357,8 +358,8 @@ def test_arguments_override_what_transformers_says(toy, tmp_path, capsys, monkey
         run("convert", [*arguments, "qformer.ffn_width=32"])
     assert "the config does not fit the checkpoint (size mismatch for" in capsys.readouterr().err
     run("convert", [*arguments, "data.max_text_tokens=11", "encoder.num_tokens=3"])
-    config = read_config(tmp_path / "out" / "config.yaml")
-    assert (config.data.max_text_tokens, config.encoder.num_tokens, config.encoder.width) == (11, 3, TOY["encoder"])
+    config = read_model_part(tmp_path / "out")
+    assert (config.qformer.max_text_tokens, config.encoder.num_tokens, config.encoder.width) == (11, 3, TOY["encoder"])
     assert len(read_adapter(tmp_path / "out")) == len(imported.tensors)
 
 

@@ -213,7 +213,7 @@ def test_a_language_model_that_cannot_be_had(tiny, broken, tmp_path, mistake, sa
     ("check", "mistake", "said"),
     [
         ("data", "data.train=[{broken}/one/records.jsonl]", "1 (4.2%) cannot be read"),
-        ("captions", "data.max_text_tokens=13", "50.0% are longer than data.max_text_tokens=13 and would be cut: 15 holds"),
+        ("captions", "qformer.max_text_tokens=13", "50.0% are longer than qformer.max_text_tokens=13 and would be cut: 15 holds"),
         ("captions", "data.train=[{broken}/strange.jsonl]", "60.0% of their tokens are unknown to qformer.tokenizer"),
         ("device", "train.cpu=false", "no GPU is found"),
     ],

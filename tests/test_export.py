@@ -27,7 +27,7 @@ from transformers import (
 
 from qformer.build import build_stage1, build_stage2
 from qformer.checkpoint import save_adapter
-from qformer.config import Stage1Config, Stage2Config, load_config, to_yaml
+from qformer.config import Stage1Config, Stage2Config, load_config, only_model, to_yaml
 from qformer.encoders import Features, load_encoder
 from qformer.inference import VisionLanguageModel, load
 from qformer.interop import export as interop_export
@@ -205,10 +205,10 @@ def trained(folder: Path, tiny, stage: int, encoder: dict[str, Any], *more: str)
     model: Any
     if stage == 1:
         config: Any = load_config(Stage1Config, tiny.stage1(folder, *choices, *SETTINGS, *more))
-        model = build_stage1(config, initialise=False)
+        model = build_stage1(only_model(config))
     else:
         config = load_config(Stage2Config, tiny.stage2(folder, *choices, *SETTINGS, *CAPTIONS, *more))
-        model, _ = build_stage2(config, initialise=False)
+        model = build_stage2(only_model(config))
     shake(model.adapter, seed=7, by=0.2)
     save_adapter(folder / "adapter", model.adapter, to_yaml(config), "a card")
     return load(folder / "adapter", device="cpu")

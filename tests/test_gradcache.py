@@ -13,12 +13,12 @@ from torch import Tensor
 from qformer.build import build_dataset, build_stage1
 from qformer.checkpoint import read_adapter
 from qformer.config import ConfigError, Stage1Config, load_config
-from qformer.contrast import Negatives, Pool, contrast, draw_noise
 from qformer.data import GlobalBatches, Order, training_loader
 from qformer.distributed import sum_over_ranks
 from qformer.encoders import Features
 from qformer.launch import start_accelerator
-from qformer.models import Stage1Adapter, Stage1Model
+from qformer.models import Stage1, Stage1Adapter
+from qformer.models.contrast import NegativeBank, Negatives, contrast, draw_noise
 from qformer.training import _forward_backward
 
 GLOBAL_BATCH = 8
@@ -44,7 +44,7 @@ def arguments(tiny: Tiny, tmp_path_factory) -> dict[str, list[str]]:
     return found
 
 
-def begin(arguments: list[str], micro: int, ranks: int = 1, me: int = 0) -> tuple[Stage1Model, list[Any], Any]:
+def begin(arguments: list[str], micro: int, ranks: int = 1, me: int = 0) -> tuple[Stage1, list[Any], Any]:
     """A model in training, a step's micro-batches of this rank, and the accelerator."""
     config = load_config(Stage1Config, [*arguments, f"train.micro_batch_size={micro}"])
     accelerator = start_accelerator(config)
@@ -60,8 +60,8 @@ def one_step(arguments: list[str], micro: int, ranks: int = 1, me: int = 0) -> d
     """Metrics, norm and gradients of a step of the loop, over all ranks."""
     model, prepared, accelerator = begin(arguments, micro, ranks, me)
     adapter = model.adapter
-    model.adapter = accelerator.prepare_model(adapter)
-    metrics, norm = _forward_backward(model, prepared, accelerator, 1e9)
+    wrapped = accelerator.prepare_model(adapter)
+    metrics, norm = _forward_backward(model, wrapped, prepared, accelerator=accelerator, clip_norm=1e9)
     means = {name: sum_over_ranks(torch.tensor(value)) / ranks for name, value in metrics.items()}
     gradients = {f"gradient {name}": p.grad for name, p in adapter.named_parameters() if p.grad is not None}
     lengths = {len({p.text.ids.shape[1] for p in prepared}), len({p.batch.images.shape[1] for p in prepared})}
@@ -114,7 +114,7 @@ def test_dropout_repeats_in_the_second_pass(arguments, precision, limit, monkeyp
     adapter, embedded, embed = model.adapter, [], Stage1Adapter.embed
     monkeypatch.setattr(Stage1Adapter, "embed", lambda *a: embedded.append(embed(*a)) or embedded[-1])
     torch.manual_seed(4)
-    _forward_backward(model, prepared, accelerator, 1e9)
+    _forward_backward(model, model.adapter, prepared, accelerator=accelerator, clip_norm=1e9)
     found = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
     assert found["temperature"].abs() > 1e-3
     assert len(embedded) == 2 * len(prepared)
@@ -125,17 +125,21 @@ def test_dropout_repeats_in_the_second_pass(arguments, precision, limit, monkeyp
     adapter.zero_grad()
     torch.manual_seed(4)
     with accelerator.autocast():
-        shares = [p.share for p in model.contrast(prepared)]
+        shares = [p.cached for p in model.prepare_step(prepared)]
     embedded.clear()
     targets, rest = torch.tensor(sum(p.target_tokens for p in prepared) / len(prepared)), torch.zeros(())
     with accelerator.autocast():
         for p, share in zip(prepared, shares, strict=True):
-            output = adapter(*share.features, p.text, torch.zeros(2), targets, 0, share)
+            output = adapter(
+                share.features, p.text, image_key=torch.zeros(2), targets_per_rank=targets, seed=0, cached=share
+            )
             itc = share.itc(embedded[-1].image_embeds, embedded[-1].text_embeds, adapter.temperature)
             rest = rest + (output.loss - itc) / len(prepared)  # nothing of ITC's gradient is left in it
         images, texts = (torch.cat([e[i] for e in embedded]) for i in (-2, -1))
-        picture = torch.cat([model._pictures(p) for p in prepared])
-        whole = contrast(images, texts, adapter.temperature, picture, adapter.label_smoothing, 5)
+        picture = torch.cat([model._image_key(p) for p in prepared])
+        whole = contrast(
+            images, texts, adapter.temperature, picture, label_smoothing=adapter.label_smoothing, noise_seed=5
+        )
     (whole.itc + rest).backward()
     expected = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
     assert expected.keys() == found.keys()
@@ -146,19 +150,20 @@ def test_dropout_repeats_in_the_second_pass(arguments, precision, limit, monkeyp
 
 def test_scores_are_float32_under_autocast():
     images, texts = (torch.nn.functional.normalize(torch.randn(*size, 8), dim=-1) for size in ((4, 2), (4,)))
-    arguments = (images, texts, torch.tensor(0.07), torch.arange(4), 0.1, 3)
+    arguments = (images, texts, torch.tensor(0.07), torch.arange(4))
+    more = {"label_smoothing": 0.1, "noise_seed": 3}
     with torch.autocast("cpu", torch.bfloat16):
-        found = contrast(*arguments)
-    assert found.itc.equal(contrast(*arguments).itc)
+        found = contrast(*arguments, **more)
+    assert found.itc.equal(contrast(*arguments, **more).itc)
 
 
 def test_a_row_s_noise_is_the_same_however_rows_are_split(monkeypatch):
     """Two ranks of two micro-batches of two: rank 0 holds the records 0 1 4 5, rank 1 the others."""
     whole = draw_noise(8, 1, 7)
-    monkeypatch.setattr("qformer.contrast.world_size", lambda: 2)
+    monkeypatch.setattr("qformer.models.contrast.world_size", lambda: 2)
     rows = [0, 1, 4, 5, 2, 3, 6, 7]
     for me in (0, 1):
-        monkeypatch.setattr("qformer.contrast.rank", lambda me=me: me)
+        monkeypatch.setattr("qformer.models.contrast.rank", lambda me=me: me)
         assert draw_noise(4, 2, 7).equal(whole[:, rows[4 * me : 4 * me + 4]][..., rows])
 
 
@@ -166,13 +171,13 @@ def test_a_pool_is_as_long_as_its_longest():
     lengths, torch_of = (2, 4), lambda n: torch.full((2, n, 3), float(n))
     features = [Features(torch_of(n), torch.ones(2, n, dtype=torch.bool)) for n in lengths]
     texts = [(torch.full((2, n), n), torch.ones(2, n, dtype=torch.bool)) for n in (5, 3)]
-    pool, rows = Pool.of(features, texts), torch.tensor([3, 0])
+    pool, rows = NegativeBank.of(features, texts), torch.tensor([3, 0])
     found, (ids, mask) = pool.fetch(Negatives(rows, rows > 0, rows, rows > 0))
     assert found.tokens[..., 0].tolist() == [[4] * 4, [2, 2, 0, 0]]
     assert found.mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert ids.tolist() == [[3, 3, 3, 0, 0], [5] * 5]
     assert mask.equal(ids > 0)
-    alone = Pool.of([Features(features[0].tokens, None)], texts[:1])
+    alone = NegativeBank.of([Features(features[0].tokens, None)], texts[:1])
     assert alone.tokens is features[0].tokens
     assert alone.mask is None
 
@@ -206,6 +211,6 @@ def test_an_itc_batch_that_does_not_fit_the_processes_is_refused(arguments, monk
     )
     assert model.contrasted_together(2) == 2
     assert model.contrasted_together(4) == 1
-    monkeypatch.setattr("qformer.models.world_size", lambda: 4)
+    monkeypatch.setattr("qformer.models.stage1.world_size", lambda: 4)
     with pytest.raises(ValueError, match=r"itc_batch_size=4 must be a multiple of train\.micro_batch_size=2 times 4 "):
         model.contrasted_together(2)

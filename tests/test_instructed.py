@@ -7,21 +7,20 @@ from test_models import build, run
 from tiny import Tiny, run_stage, shake
 
 import qformer
-from qformer import models
 from qformer.build import build_stage1, build_stage2, build_tokenizer
 from qformer.checkpoint import save_adapter
 from qformer.config import Stage1Config, Stage2Config, load_config, to_yaml
 from qformer.data import collate
 from qformer.inference import VisionLanguageModel
-from qformer.models import Stage2Model
+from qformer.models import Stage2, stage2
 
 INSTRUCTED = "stage2.instructed=true"
 SHORT, LONG = "what colour ?", "what is the colour of the square on the left of the grey field ?"
 
 
-def instructed(tiny: Tiny, kind: str = "opt", *more: str) -> tuple[Stage2Model, list]:
+def instructed(tiny: Tiny, kind: str = "opt", *more: str) -> tuple[Stage2, list]:
     model, samples = build(tiny, kind, "pictures", INSTRUCTED, *more)
-    assert isinstance(model, Stage2Model)
+    assert isinstance(model, Stage2)
     return model.eval(), samples
 
 
@@ -49,8 +48,8 @@ def test_the_qformer_reads_what_its_own_tokenizer_makes_of_the_prompt(tiny):
 @pytest.mark.parametrize("kind", ["opt", "t5"])
 def test_in_training_it_reads_the_prompt_and_an_encoder_decoders_prefix(tiny, kind, monkeypatch):
     model, samples = instructed(tiny, kind, "llm.prompt=a photo of")
-    read, tokenize = [], models.tokenize
-    monkeypatch.setattr(models, "tokenize", lambda *a, **k: read.extend(a[1]) or tokenize(*a, **k))
+    read, tokenize = [], stage2.tokenize
+    monkeypatch.setattr(stage2, "tokenize", lambda *a, **k: read.extend(a[1]) or tokenize(*a, **k))
     batch = collate(samples[:4])
     run(model, batch)
     prompts, targets = model.prepare(batch, 1).text
@@ -74,7 +73,7 @@ def test_gradient_reaches_everything_that_learns(tiny, kind):
 @torch.no_grad()
 def test_one_picture_under_several_questions_is_encoded_and_projected_once(tiny, monkeypatch):
     config = load_config(Stage2Config, tiny.stage2(tiny.folder, INSTRUCTED, "llm.num_beams=1"))
-    model, _ = build_stage2(config)
+    model = build_stage2(config)
     shake(model.adapter, by=0.2)
     asked = VisionLanguageModel(model.eval(), config)
     pictures = sorted(str(p) for p in tiny.records.parent.glob("*.png"))[:2]
@@ -109,7 +108,7 @@ def test_it_starts_from_stage1_with_its_text_side_trains_and_answers(tiny, tmp_p
     save_adapter(tmp_path / "s1" / "adapter", first, to_yaml(config), "")
     start = [f"stage2.init_from={tmp_path / 's1' / 'adapter'}", "train.max_steps=2", "train.validate_every_steps=2"]
     arguments = tiny.stage2(tmp_path / "s2", INSTRUCTED, *start, "optim.weight_decay=0.5")
-    _, transferred = build_stage2(load_config(Stage2Config, arguments))
+    transferred = build_stage2(load_config(Stage2Config, arguments)).transferred
     assert transferred is not None
     assert {n for n in transferred.loaded if "text_ffn" in n or "embeddings" in n} == {
         n for n in first.state_dict() if "text_ffn" in n or "embeddings" in n
@@ -132,7 +131,7 @@ def test_it_starts_from_stage1_with_its_text_side_trains_and_answers(tiny, tmp_p
 
 def test_a_plain_adapter_does_not_pass_for_an_instructed_one(tiny, tmp_path):
     config = load_config(Stage2Config, tiny.stage2(tmp_path))
-    model, _ = build_stage2(config)
+    model = build_stage2(config)
     assert model.tokenizer is None
     assert not any("text_ffn" in n or "embeddings" in n for n in model.adapter.state_dict())
     save_adapter(
@@ -157,7 +156,7 @@ def test_the_feature_norm_has_the_eps_of_the_config(tiny, stage):
         ).adapter
     else:
         config = load_config(Stage2Config, tiny.stage2(tiny.folder, "qformer.feature_norm_eps=1e-6"))
-        adapter = build_stage2(config)[0].adapter
+        adapter = build_stage2(config).adapter
     assert adapter.feature_norm.eps == 1e-6
     with pytest.raises(ValueError, match=r"qformer.feature_norm_eps: 0.0 must be above 0"):
         load_config(Stage1Config, tiny.stage1(tiny.folder, "qformer.feature_norm_eps=0"))

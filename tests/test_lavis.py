@@ -12,8 +12,10 @@ from qformer import contrast
 from qformer.build import build_stage2
 from qformer.checkpoint import read_adapter
 from qformer.config import Stage2Config, load_config
+from qformer.encoders import Features
 from qformer.interop.keys import lavis
-from qformer.models import TextTokens, picture_ids
+from qformer.models import TextTokens
+from qformer.models.contrast import image_keys
 from qformer.objectives import itc_loss, itg_loss, itm_loss, next_token_labels, similarity
 from qformer.text import IGNORE_INDEX
 
@@ -198,7 +200,7 @@ def test_stage1_speaks_by_its_own_head(stage1):
 
 def test_on_purpose_captions_of_one_picture_share_the_target_where_the_reference_counts_one(stage1):
     similarities = stage1["out.sim_i2t"]
-    same = picture_ids(["a", "b", "c", "a"])[:, None] == picture_ids(["a", "b", "c", "a"])[None]
+    same = image_keys(["a", "b", "c", "a"])[:, None] == image_keys(["a", "b", "c", "a"])[None]
     ours, theirs = itc_loss(similarities, same, 0.1), itc_loss(similarities, torch.eye(4).bool(), 0.1)
     assert (ours - theirs).abs() > 0.1
 
@@ -207,7 +209,13 @@ def test_on_purpose_the_temperature_is_held_where_the_reference_lets_it_go(stage
     before = stage1.adapter.temperature.detach().clone()
     with torch.no_grad():
         stage1.adapter.temperature.fill_(2.0)
-    stage1.adapter(stage1["out.vit"], None, stage1.text, torch.arange(4), torch.tensor(1.0), noise_seed=0)
+    stage1.adapter(
+        Features(stage1["out.vit"], None),
+        stage1.text,
+        image_key=torch.arange(4),
+        targets_per_rank=torch.tensor(1.0),
+        seed=0,
+    )
     assert stage1.adapter.temperature.item() == 0.5
     with torch.no_grad():
         stage1.adapter.temperature.copy_(before)
@@ -276,7 +284,8 @@ def test_stage_2_with_another_language_model_starts_from_an_imported_stage_1(sta
         "encoder.loader=transformers", f"encoder.id={stage1.out / 'encoder'}", "encoder.block=-1",
         *(f"qformer.{size}" for size in sizes), f"stage2.init_from={stage1.out}",
     ]  # fmt: skip
-    model, transferred = build_stage2(load_config(Stage2Config, arguments))
+    model = build_stage2(load_config(Stage2Config, arguments))
+    transferred = model.transferred
     assert transferred is not None
     assert [n.rpartition(".")[0] for n in transferred.new] == ["language_projection"] * 2
     close(model.adapter.qformer.query_tokens.detach(), stage1["param.query_tokens"], 0)
@@ -300,7 +309,9 @@ def _training_step(stage1, monkeypatch):
     monkeypatch.setattr(contrast, "draw_hard_negatives", lambda *_: drawn.pop(0))
     targets = stage1.text.mask[:, 1:].sum().float()
     stage1.adapter.zero_grad()
-    output = stage1.adapter(stage1["out.vit"], None, stage1.text, torch.arange(4), targets, noise_seed=0)
+    output = stage1.adapter(
+        Features(stage1["out.vit"], None), stage1.text, image_key=torch.arange(4), targets_per_rank=targets, seed=0
+    )
     output.loss.backward()
     return output.loss.detach(), {name: parameter.grad for name, parameter in stage1.adapter.named_parameters()}
 

@@ -11,10 +11,10 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "qformer"
 FLOORS = [
-    ["config/", "distributed.py", "text.py", "parts.py", "files.py", "messages.py", "layers.py", "lora.py"],
-    ["encoders/", "language/", "qformer.py", "objectives.py", "data/", "metrics/", "optim.py", "log.py", "launch.py"],
-    ["contrast.py"],
-    ["models.py", "checkpoint.py"],
+    ["messages.py", "kernels.py", "text.py"],
+    ["config/", "files.py", "distributed.py", "layers.py", "parts.py", "lora.py"],
+    ["encoders/", "language/", "qformer.py", "objectives.py", "data/", "metrics/", "optim.py", "log.py", "sharding.py"],
+    ["models/", "checkpoint.py", "launch.py"],
     ["validation.py", "run_folder.py", "tuning.py"],
     ["training.py", "interop/", "shapes/"],
     ["build.py"],  # uses interop

@@ -43,7 +43,7 @@ def build(tiny: Tiny, stage: int, run_dir: Path, *more: str):
         model = build_stage1(config)
     else:
         config = load_config(Stage2Config, given)
-        model, _ = build_stage2(config)
+        model = build_stage2(config)
     shake(model.adapter, seed=5, by=0.05)
     return model, config
 
@@ -204,7 +204,7 @@ def test_computing_blocks_again_changes_nothing_but_memory(tiny, tmp_path, stage
     again = _step(model, stage)
     assert again[0] == loss, "the test itself does not repeat"
     assert again[2] == kept
-    tuning.recompute(model, [part])
+    tuning.checkpoint_activations(model, [part])
     lean_loss, lean_gradient, lean = _step(model, stage)
     assert lean_loss == loss
     assert [n for n in gradient if not torch.equal(gradient[n], lean_gradient[n])] == []
@@ -284,8 +284,8 @@ def test_an_adapter_with_a_lora_is_not_begun_from_without_it(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"was trained with tune.encoder=full, .* set that here too"):
         build_stage2(load_config(Stage2Config, arguments(tiny, 2, tmp_path, begin)))
     config = load_config(Stage2Config, arguments(tiny, 2, tmp_path, begin, "tune.encoder=full", "tune.llm=lora"))
-    begun, transfer = build_stage2(config)
-    assert {name.split(".")[0] for name in transfer.new} == {"llm_lora"}
+    begun = build_stage2(config)
+    assert {name.split(".")[0] for name in begun.transferred.new} == {"llm_lora"}
     assert torch.equal(begun.encoder(torch.ones(1, 3, 32, 32)).tokens, model.encoder(torch.ones(1, 3, 32, 32)).tokens)
 
 

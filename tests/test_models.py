@@ -2,22 +2,25 @@
 
 import dataclasses
 import hashlib
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import FEATURE_WIDTH, Tiny, shake
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, OPTConfig, OPTForCausalLM
 
 from qformer.build import build_dataset, build_stage1, build_stage2
 from qformer.config import Stage1Config, Stage2Config, load_config
 from qformer.data import Batch, Draw, collate
 from qformer.interop.bert import initialise_from_bert
-from qformer.models import Output, Stage1Model, Stage2Model, picture_ids, split_prefix
+from qformer.models import Output, Stage1, Stage2, split_prefix
+from qformer.models.contrast import image_keys
 from qformer.objectives import draw_hard_negatives
 
-Model = Stage1Model | Stage2Model
+Model = Stage1 | Stage2
 KINDS = ["stage1", "opt", "t5"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_input = pytest.mark.parametrize("inputs", ["pictures", "features"])
@@ -32,7 +35,7 @@ def build(tiny: Tiny, kind: str, inputs: str = "pictures", *more: str) -> tuple[
         model = build_stage1(config)
     else:
         config = load_config(Stage2Config, tiny.stage2(tiny.folder, f"llm.id={getattr(tiny, kind)}", *more))
-        model, _ = build_stage2(config)
+        model = build_stage2(config)
     shake(model.adapter, by=0.05)
     dataset = build_dataset(config.data, model.encoder, "train", seed=0)
     return model, [dataset[Draw(i, 0, i)] for i in range(len(dataset))]
@@ -79,7 +82,7 @@ def test_gradient_reaches_everything_even_without_a_negative(tiny):
 @each_kind
 def test_frozen_parts_stay_in_eval(tiny, kind):
     model, _ = build(tiny, kind)
-    frozen = [model.encoder] + ([model.llm] if isinstance(model, Stage2Model) else [])
+    frozen = [model.encoder] + ([model.llm] if isinstance(model, Stage2) else [])
     for mode in (True, False, True):
         model.train(mode)
         assert not any(module.training for part in frozen for module in part.modules())
@@ -89,7 +92,7 @@ def test_frozen_parts_stay_in_eval(tiny, kind):
 @each_kind
 def test_frozen_parts_are_the_same_bytes_after_training(tiny, kind):
     model, samples = build(tiny, kind)
-    frozen = [model.encoder] + ([model.llm] if isinstance(model, Stage2Model) else [])
+    frozen = [model.encoder] + ([model.llm] if isinstance(model, Stage2) else [])
     before, adapter_before = [digest(part) for part in frozen], digest(model.adapter)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)  # even one that is given everything
@@ -158,7 +161,7 @@ def test_padding_of_features_never_changes_loss_or_gradient(tiny, kind):
 
 def test_padding_of_captions_never_changes_a_text_embedding_or_a_match(tiny):
     model, samples = build(tiny, "stage1")
-    assert isinstance(model, Stage1Model)
+    assert isinstance(model, Stage1)
     model.eval()
     batch = collate(samples[:4])
     texts = ["a red square", "a photo of one blue square on the left of a grey field", "a square", "a green square"]
@@ -207,14 +210,47 @@ def test_stage1_weights_of_the_losses(tiny):
     output = run(model, collate(samples[:5]))
     torch.testing.assert_close(output.loss.detach(), 0.5 * output.metrics["itc"] + 2 * output.metrics["itg"])
     output.loss.backward()
-    assert all(p.grad is not None for p in model.adapter.parameters())
+    assert all((p.grad is not None) == p.requires_grad for p in model.adapter.parameters())
+
+
+WEIGHTS = [c for n in (1, 2, 3) for c in itertools.combinations(("itc", "itm", "itg"), n)]
+
+
+@pytest.mark.parametrize("active", WEIGHTS, ids="+".join)
+def test_an_objective_of_weight_0_is_not_computed_and_trains_nothing(tiny, active):
+    off = [f"stage1.{name}=0" for name in ("itc", "itm", "itg") if name not in active]
+    model, samples = build(tiny, "stage1", "pictures", *off)
+    assert set(model.chance_levels(6)) == set(active)
+    output = run(model.train(), collate(samples[:6]))
+    assert {name for name in output.metrics if name in ("itc", "itm", "itg")} == set(active)
+    assert (output.image_embeds is None) == (active == ("itg",))
+    output.loss.backward()
+    for name, p in model.adapter.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, f"{name}: DistributedDataParallel would wait for ever"
+
+
+def test_products_fall_with_every_objective_that_is_off(tiny):
+    """Counted by PyTorch, forward and backward: ITM over 3B pairs is the dearest, its pass is gone with its weight."""
+
+    def products(*off: str) -> int:
+        model, samples = build(tiny, "stage1", "pictures", *(f"stage1.{name}=0" for name in off))
+        with FlopCounterMode(display=False) as counter:
+            run(model.train(), collate(samples[:6])).loss.backward()
+        return counter.get_total_flops()
+
+    whole = products()
+    without = {name: whole - products(name) for name in ("itc", "itm", "itg")}
+    assert without["itm"] > 0.4 * whole
+    assert without["itg"] > 0.05 * whole
+    assert products("itm", "itg") < 0.4 * whole
+    assert without["itc"] > 0, "the gradient of the text pass; its values still choose ITM's negatives"
 
 
 @torch.no_grad()
 def test_stage1_losses_are_those_of_the_paper_pair_by_pair(tiny):
     """ITC, ITM and ITG once more, slowly: every pair and every token alone, without padding."""
     model, samples = build(tiny, "stage1", "features")
-    assert isinstance(model, Stage1Model)
+    assert isinstance(model, Stage1)
     adapter, n = model.eval().adapter, 5
     batch = collate(samples[:n])
     output = run(model, batch, noise_seed=3)
@@ -258,7 +294,7 @@ def test_stage1_same_noise_seed_same_loss(tiny):
 
 def test_stage1_texts_begin_and_end_as_bert_does(tiny):
     model, _ = build(tiny, "stage1", "pictures", "data.max_text_tokens=6")
-    assert isinstance(model, Stage1Model)
+    assert isinstance(model, Stage1)
     tokens = model.tokenize(["a red square", "a photo of one red square on the left"])
     tokenizer = model.tokenizer
     assert (tokens.ids[:, 0] == tokenizer.cls_token_id).all()
@@ -280,11 +316,11 @@ def test_temperature_stays_within_its_bounds(tiny):
         assert output.metrics["temperature"].item() == pytest.approx(kept)
 
 
-def test_picture_ids_are_equal_where_the_ids_are():
-    ids = picture_ids(["a", "b", "a", "", "é"])
+def test_image_keys_are_equal_where_the_ids_are():
+    ids = image_keys(["a", "b", "a", "", "é"])
     assert ids.dtype == torch.int64
     assert (ids[:, None] == ids).sum(1).tolist() == [2, 1, 2, 1, 1]
-    assert torch.equal(ids, picture_ids(["a", "b", "a", "", "é"]))
+    assert torch.equal(ids, image_keys(["a", "b", "a", "", "é"]))
 
 
 # ---- stage 2 ----
@@ -293,7 +329,7 @@ def test_picture_ids_are_equal_where_the_ids_are():
 @pytest.mark.parametrize("kind", ["opt", "t5"])
 def test_stage2_loss_is_the_language_models_own(tiny, kind):
     model, samples = build(tiny, kind)
-    assert isinstance(model, Stage2Model)
+    assert isinstance(model, Stage2)
     batch = collate(samples[:5])
     prepared = model.prepare(batch, 1)
     prompts, targets = prepared.text

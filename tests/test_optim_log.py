@@ -22,7 +22,8 @@ from qformer.log import (
     gradient_norms,
     memory_bytes,
 )
-from qformer.models import Stage1Adapter, Stage2Adapter, mean_cosine
+from qformer.metrics.queries import mean_cosine
+from qformer.models import Stage1Adapter, Stage2Adapter
 from qformer.optim import build_optimizer, lr_at, parameter_groups
 from qformer.qformer import QFormer
 
@@ -183,8 +184,8 @@ def test_chance_watch_warns_once_per_stuck_loss():
 def adapter_of(stage: int) -> Stage1Adapter | Stage2Adapter:
     sizes = {"width": 8, "layers": 2, "heads": 2, "ffn_width": 8, "queries": 3, "encoder_width": 6}
     if stage == 1:
-        return Stage1Adapter(QFormer(**sizes, vocab_size=11), 6, 4, dec_id=1)
-    return Stage2Adapter(QFormer(**sizes, vocab_size=None), 6, 10)
+        return Stage1Adapter(QFormer(**sizes, vocab_size=11), encoder_width=6, contrastive_width=4, dec_id=1)
+    return Stage2Adapter(QFormer(**sizes, vocab_size=None), encoder_width=6, llm_width=10)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

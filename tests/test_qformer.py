@@ -6,7 +6,7 @@ from tiny import shake
 from torch import Tensor
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from qformer import layers
+from qformer import kernels, layers
 from qformer.qformer import QFormer
 
 B, N, Q, T, D, V, ENCODER_WIDTH = 3, 6, 4, 5, 32, 40, 24
@@ -237,7 +237,7 @@ def test_queries_in_the_features_space_read_what_keys_and_values_give(training, 
         for module in (qformer, norm):
             module.zero_grad()
         images = qformer.project_images(features, IMAGE_MASK, norm if with_norm else None, once=once)
-        assert isinstance(images.layers[0], layers.Absorbed) == once
+        assert isinstance(images.layers[0], kernels.AbsorbedKV) == once
         torch.manual_seed(0)  # of dropout: both draw the same
         output = qformer.query_pass(images).output + qformer.matching_pass([images], ids, TEXT_MASK)
         (output * weight).sum().backward()
@@ -261,9 +261,9 @@ def test_plain_attention_is_the_fused_one_and_its_gradient_that_of_autograd(dtyp
     mask = torch.rand(2, 1, 5, 7) > 0.3
     mask[..., 0] = True
     drop = torch.rand(rows, 3, 5, 7) < p
-    monkeypatch.setattr(layers, "draw_drops", lambda shape, p, device: (drop, 1 / (1 - p)))
+    monkeypatch.setattr(kernels, "draw_drops", lambda shape, p, device: (drop, 1 / (1 - p)))
     at = torch.arange(rows) if index is None else torch.tensor(index)
-    found = layers._PlainAttention.apply(query, key, value, mask, p, 8**-0.5, None if index is None else at)
+    found = kernels.PlainAttention.apply(query, key, value, mask, p, 8**-0.5, None if index is None else at)
     gradients = torch.autograd.grad(found.float().pow(2).sum(), (query, key, value))
     q, k, v = (x.detach().double().requires_grad_() for x in (query, key, value))
     shares = (q @ k[at].transpose(2, 3) / 8**0.5).masked_fill(~mask[at], -torch.inf).softmax(3)
@@ -274,10 +274,13 @@ def test_plain_attention_is_the_fused_one_and_its_gradient_that_of_autograd(dtyp
         torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("lean", [True, False])
-def test_a_feed_forward_network_has_the_gradient_of_autograd(lean):
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_feed_forward_network_has_the_gradient_of_autograd(recompute):
     torch.manual_seed(0)
-    ffn, x = layers.FeedForward(8, 24, 0.0, lean).double(), torch.randn(5, 8, dtype=torch.double, requires_grad=True)
+    ffn, x = (
+        layers.FeedForward(8, 24, 0.0, recompute=recompute).double(),
+        torch.randn(5, 8, dtype=torch.double, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(lambda *_: ffn(x), (x, *ffn.parameters()))
     expected = ffn.norm(x + ffn.down(torch.nn.functional.gelu(ffn.up(x))))
     torch.testing.assert_close(ffn(x), expected)
@@ -447,7 +450,7 @@ def test_text_longer_than_the_positions_is_refused():
     qformer = build()
     ids = torch.ones(1, 9, dtype=torch.long)
     with pytest.raises(
-        ValueError, match=r"9 tokens is longer than qformer\.max_text_positions=8; shorten it, lower data\.max_text"
+        ValueError, match=r"9 tokens is longer than qformer\.max_text_positions=8; shorten it, lower qformer\.max_text"
     ):
         qformer.text_pass(ids, ids.bool())
 

@@ -24,9 +24,11 @@ from qformer.build import build_dataset, build_language_model, build_stage1, bui
 from qformer.checkpoint import read_adapter
 from qformer.config import Stage1Config, Stage2Config, load_config
 from qformer.data import GlobalBatches, Order, training_loader
-from qformer.distributed import sum_over_ranks, take_over_sharding
+from qformer.distributed import sum_over_ranks
+from qformer.encoders import Features
 from qformer.launch import start_accelerator
 from qformer.log import TIMING_FIELDS
+from qformer.sharding import take_over_sharding
 from qformer.training import _forward_backward
 
 REPO = Path(__file__).resolve().parent.parent
@@ -65,16 +67,16 @@ def one_step(stage: int, arguments: list[str], ranks: int, me: int) -> dict[str,
     """Metrics, gradients and what was seen, of one step of the loop with accumulation; ranks share the global batch."""
     config: Any = load_config(Stage1Config if stage == 1 else Stage2Config, arguments)
     accelerator = start_accelerator(config)
-    model: Any = build_stage1(config) if stage == 1 else build_stage2(config)[0]
+    model: Any = build_stage1(config) if stage == 1 else build_stage2(config)
     adapter = model.adapter
     shake(adapter, by=0.05)
-    model.adapter = accelerator.prepare_model(adapter)
+    wrapped = accelerator.prepare_model(adapter)
     micro = GLOBAL_BATCH // ranks // ACCUMULATION
     batches = GlobalBatches(Order(GLOBAL_BATCH, seed=0), ranks, me, micro)
     loader = iter(training_loader(build_dataset(config.data, model.encoder, "train", 0), batches, 0))
     model.train()
     prepared = [model.prepare(next(loader), 5 + i) for i in range(ACCUMULATION)]
-    metrics, norm = _forward_backward(model, prepared, accelerator, 1e9)
+    metrics, norm = _forward_backward(model, wrapped, prepared, accelerator=accelerator, clip_norm=1e9)
     means = {name: sum_over_ranks(torch.tensor(value)) / ranks for name, value in metrics.items()}
     gradients = {f"gradient {name}": p.grad for name, p in adapter.named_parameters() if p.grad is not None}
     seen = {
@@ -175,13 +177,18 @@ def count_traffic(me: int, ranks: int, masked: bool, batch: int = 3) -> dict[str
     torch.manual_seed(me)
     qformer = QFormer(width=32, layers=2, heads=2, ffn_width=48, queries=4, encoder_width=FEATURE_WIDTH, dropout=0.0,
                       vocab_size=40, max_text_positions=12)  # fmt: skip
-    adapter = Stage1Adapter(qformer, FEATURE_WIDTH, SIZES["contrastive_width"], dec_id=39)
+    adapter = Stage1Adapter(
+        qformer, encoder_width=FEATURE_WIDTH, contrastive_width=SIZES["contrastive_width"], dec_id=39
+    )
     ids = torch.randint(1, 39, (batch, SIZES["text_tokens"]))
     features = torch.randn(batch, SIZES["tokens"], FEATURE_WIDTH)
     mask = torch.ones(batch, SIZES["tokens"], dtype=torch.bool) if masked else None
-    pictures = torch.arange(batch) + me * batch
+    image_key = torch.arange(batch) + me * batch
     with Traffic() as traffic:
-        output = adapter(features, mask, TextTokens(ids, ids > 0), pictures, torch.tensor(1.0), 3)
+        output = adapter(
+            Features(features, mask), TextTokens(ids, ids > 0), image_key=image_key, targets_per_rank=torch.tensor(1.0),
+            seed=3,
+        )  # fmt: skip
         output.loss.backward()
     return dict(traffic.received)
 

@@ -5,7 +5,7 @@ import torch
 
 from qformer.build import build_stage1, build_stage2
 from qformer.checkpoint import read_adapter, save_adapter
-from qformer.config import ConfigError, Stage1Config, Stage2Config, load_config, to_yaml
+from qformer.config import ConfigError, Stage1Config, Stage2Config, load_config, only_model, to_yaml
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def test_a_share_of_the_matrices_is_kept_and_the_rest_is_drawn(tiny, tmp_path, a
     config = load_config(
         Stage2Config, tiny.stage2(tmp_path, f"stage2.init_from={aligned}", f"stage2.init_share={share}")
     )
-    found = build_stage2(config)[0].adapter.state_dict()
-    fresh = build_stage2(config, initialise=False)[0].adapter.state_dict()
+    found = build_stage2(config).adapter.state_dict()
+    fresh = build_stage2(only_model(config)).adapter.state_dict()
     trained = read_adapter(aligned)
     shared = [name for name in found if name in trained and name.startswith("qformer.")]
     assert {trained[name].ndim for name in shared} >= {1, 2, 3}
@@ -41,7 +41,7 @@ def test_visual_prompts_begin_as_large_as_told(tiny, tmp_path):
     weights = []
     for scale in (1, 16):
         config = load_config(Stage2Config, tiny.stage2(tmp_path, f"stage2.prompt_scale={scale}"))
-        weights.append(build_stage2(config)[0].adapter.language_projection.weight)
+        weights.append(build_stage2(config).adapter.language_projection.weight)
     assert torch.equal(16 * weights[0], weights[1])
     with pytest.raises(ConfigError, match=r"stage2\.prompt_scale: 0\.0 must be above 0"):
         load_config(Stage2Config, tiny.stage2(tmp_path, "stage2.prompt_scale=0"))

@@ -23,12 +23,13 @@ from safetensors.torch import load_file
 from tiny import Tiny, build_encoder, exit_codes, run_stage
 
 import qformer
-from qformer import contrast, models, training
+from qformer import training
 from qformer.build import build_dataset, build_stage1
 from qformer.checkpoint import list_checkpoints, read_adapter
-from qformer.config import Stage1Config, load_config, read_config
+from qformer.config import Stage1Config, Stage1Part, load_config, only_model, read_config, read_values
 from qformer.launch import start_accelerator
 from qformer.log import TIMING_FIELDS
+from qformer.models import contrast, stage1
 from qformer.training import NonFiniteLoss, derive_seed, fit
 
 REPO = Path(__file__).resolve().parent.parent
@@ -89,7 +90,9 @@ def test_stage1_leaves_the_run_folder(stage1_run, tiny):
         + [f"checkpoints/step-{n}/{name}" for n in (2, 4) for name in checkpoint]
         + [".lock", "config.yaml", "metrics.jsonl"]
     )
-    assert read_config(stage1_run / "config.yaml") == read_config(stage1_run / "adapter/config.yaml")
+    whole = read_config(stage1_run, Stage1Config)
+    assert only_model(whole) == read_config(stage1_run / "adapter", Stage1Part) == read_config(stage1_run, Stage1Part)
+    assert "train" not in read_values(stage1_run / "adapter")
     card = (stage1_run / "adapter/README.md").read_text()
     assert "stage 1" in card
     assert tiny.encoder in card
@@ -381,14 +384,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, tmp_path, monke
     for what, poison in poisons.items():
         monkeypatch.setattr(contrast, "itc_loss", poison)
         with pytest.raises(NonFiniteLoss, match=r"step 1: not finite: .*nan.*no update was made.*picture \d+") as found:
-            fit(model, train, None, config, accelerator)
+            fit(model, train, None, config=config, accelerator=accelerator)
         assert ("itc nan" in str(found.value)) is (what == "loss")
         assert all(torch.equal(before[name], value) for name, value in model.adapter.state_dict().items())
     assert list_checkpoints(tmp_path) == []
 
 
 def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_2(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(models, "itm_loss", lambda logits, *more: logits.sum() * math.inf)
+    monkeypatch.setattr(stage1, "itm_loss", lambda logits, *more: logits.sum() * math.inf)
     said = refused(capsys, 1, tiny.stage1(tmp_path))
     assert "step 1: not finite" in said
     assert "Records of this rank: picture" in said

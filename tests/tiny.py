@@ -28,7 +28,7 @@ QFORMER = [
 TRAINING = [
     "train.max_steps=3", "train.global_batch_size=8", "train.micro_batch_size=8", "train.log_every_steps=1",
     "train.checkpoint_every_steps=100", "train.validate_every_steps=100", "train.validation_records=8",
-    "train.cpu=true", "optim.warmup_steps=1", "optim.lr=1e-3", "data.workers=0", "data.max_text_tokens=16",
+    "train.cpu=true", "optim.warmup_steps=1", "optim.lr=1e-3", "data.workers=0", "qformer.max_text_tokens=16",
 ]  # fmt: skip
 
 

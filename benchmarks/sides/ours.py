@@ -20,7 +20,7 @@ from qformer.data.caching import CacheWriter
 from qformer.data.transforms import ImageTransform
 from qformer.encoders import load_encoder
 from qformer.inference import load
-from qformer.models import Output, Prepared, Stage1Model, Stage2Model
+from qformer.models import Output, Prepared, Stage1, Stage2
 from qformer.optim import build_optimizer
 
 
@@ -30,16 +30,16 @@ def build(folder: Path, task: dict[str, Any]) -> Any:
     return works[task["work"]](folder, task)
 
 
-def stage1_model(folder: Path, task: dict[str, Any], weights: bool = True) -> Stage1Model:
+def stage1_model(folder: Path, task: dict[str, Any], weights: bool = True) -> Stage1:
     model = build_stage1(load_config(Stage1Config, _arguments(task, f"qformer.tokenizer={folder / 'bert'}")))
     if weights:
         load_strictly(model.adapter, load_file(folder / "ours.safetensors"), "prepared")
     return model.to(task["device"])
 
 
-def stage2_model(folder: Path, task: dict[str, Any], weights: bool = True) -> Stage2Model:
+def stage2_model(folder: Path, task: dict[str, Any], weights: bool = True) -> Stage2:
     llm = [f"llm.id={folder / 'llm'}", f"llm.dtype={task['dtype']}"]
-    model, _ = build_stage2(load_config(Stage2Config, _arguments(task, *llm)))
+    model = build_stage2(load_config(Stage2Config, _arguments(task, *llm)))
     if weights:
         load_strictly(model.adapter, load_file(folder / "ours.safetensors"), "prepared")
     precision = "bf16" if task["dtype"] == "bfloat16" else "no"
@@ -51,7 +51,7 @@ def _arguments(task: dict[str, Any], *more: str) -> list[str]:
     return [
         "run.dir=none", "data.train=[none]", "train.max_steps=1", "train.global_batch_size=1", "train.micro_batch_size=1",
         "optim.warmup_steps=0", "encoder.loader=features", f"encoder.width={task['encoder_width']}",
-        f"data.max_text_tokens={task['max_text_tokens']}",
+        f"qformer.max_text_tokens={task['max_text_tokens']}",
         *(f"qformer.{key}={value}" for key, value in task["qformer"].items()), *more,
     ]  # fmt: skip
 

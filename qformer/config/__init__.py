@@ -1,17 +1,35 @@
 """Every config: its schema, and how it is read."""
 
-from qformer.config.loading import ConfigError, from_dict, load_config, parse_arguments, read_config, to_yaml
+from qformer.config.loading import (
+    ConfigError,
+    from_values,
+    load_config,
+    model_part,
+    named_stage,
+    only_model,
+    parse_arguments,
+    read_config,
+    read_section,
+    read_values,
+    to_yaml,
+)
 from qformer.config.schema import (
     DataConfig,
     EncoderConfig,
     LlmConfig,
+    ModelPart,
     QFormerConfig,
+    RunPart,
     Stage1Config,
+    Stage1Part,
+    Stage1Section,
     Stage2Config,
+    Stage2Part,
     Stage2Section,
 )
 
 __all__ = [
-    "ConfigError", "DataConfig", "EncoderConfig", "LlmConfig", "QFormerConfig", "Stage1Config", "Stage2Config",
-    "Stage2Section", "from_dict", "load_config", "parse_arguments", "read_config", "to_yaml",
+    "ConfigError", "DataConfig", "EncoderConfig", "LlmConfig", "ModelPart", "QFormerConfig", "RunPart", "Stage1Config",
+    "Stage1Part", "Stage1Section", "Stage2Config", "Stage2Part", "Stage2Section", "from_values", "load_config", "model_part",
+    "named_stage", "only_model", "parse_arguments", "read_config", "read_section", "read_values", "to_yaml",
 ]  # fmt: skip

@@ -8,35 +8,35 @@ import difflib
 import re
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from qformer.config.packaged import config_names, find_config, locate_weights, portable
-from qformer.config.schema import Stage1Config, Stage2Config
+from qformer.config.schema import ModelPart, RunPart
+from qformer.messages import nearest
 
 
 class ConfigError(ValueError):
-    """A mistake in a config that its writer can mend; the message names the key and the fix."""
+    """A mistake in a config that its writer can fix; the message names the key and the fix."""
 
 
-AT_LEAST_ONE = (
-    "train.max_steps", "train.global_batch_size", "train.micro_batch_size", "train.checkpoint_every_steps",
-    "train.keep_checkpoints", "train.log_every_steps", "train.validate_every_steps", "train.validation_records",
-    "train.timeout_s", "data.shuffle_block_records", "data.max_words",
-    "qformer.layers", "qformer.width", "qformer.heads", "qformer.ffn_width", "qformer.queries",
-    "qformer.cross_attention_frequency", "qformer.contrastive_width", "llm.num_beams", "tune.lora_rank",
-)  # fmt: skip
-Root = TypeVar("Root", Stage1Config, Stage2Config)
+MOVED = {"data.max_text_tokens": "qformer.max_text_tokens"}  # keys that stand elsewhere since; both are read
+Part = TypeVar("Part", bound=ModelPart)
+Section = TypeVar("Section")
 
 
-def load_config(root: type[Root], arguments: list[str]) -> Root:
+def load_config(root: type[Part], arguments: list[str], needed: tuple[str, ...] | None = None) -> Part:
     """Merge YAML files and `key.path=value` overrides, left to right, over the schema's defaults.
+
+    Args:
+        needed: the sections that will be read; others may lack values. None = all.
 
     Returns: a plain dataclass; every value has the type its schema names and none is missing.
     Raises: ConfigError for a missing file, bad YAML, an unknown key (with the nearest one), a wrong type, a value that
-        is not among the choices, a value out of range, or a missing value. All missing values are named at once.
+        is not among the choices, a value out of range, a missing value, or a config of another stage. All missing values
+        are named at once.
     """
     merged = OmegaConf.structured(root)
     for argument in arguments:
@@ -45,40 +45,82 @@ def load_config(root: type[Root], arguments: list[str]) -> Root:
         missing = sorted(OmegaConf.missing_keys(merged))
     except InterpolationResolutionError as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    missing = [key for key in missing if needed is None or key.partition(".")[0] in needed]
     if missing:
         described = "; ".join(f"{key} ({_field(root, key).metadata['help']})" for key in missing)
         raise ConfigError(f"missing value{'s' * (len(missing) > 1)}: {described}. Set in a YAML file or as key=value")
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, root)
-    _check(config)
-    return config
+    return _to_dataclass(root, merged, needed)
 
 
-def from_dict(values: dict[str, Any]) -> Stage1Config | Stage2Config:
-    """The config that `to_dict` wrote, as its own root: stage 2 where there is a language model.
+def named_stage(arguments: list[str]) -> str | None:
+    """The `stage` that YAML files and overrides name; None where none does.
+
+    Raises: ConfigError for a missing file or bad YAML.
+    """
+    return next((str(f.stage) for f in map(_fragment, reversed(arguments)) if f.get("stage") is not None), None)
+
+
+def model_part(root: type) -> type[ModelPart]:
+    """The class of what rebuilds the model, of a stage's whole config."""
+    return next(c for c in root.__mro__ if issubclass(c, ModelPart) and not issubclass(c, RunPart))
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """The `config.yaml` of a run, checkpoint or adapter folder, as nested dictionaries.
+
+    Folders from before version 0.2 name no stage: their stage is the one whose section they have.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no run, checkpoint or adapter folder: it has no config.yaml")
+    values = cast(dict[str, Any], OmegaConf.to_container(_moved(_fragment(str(path)))))
+    return values if "stage" in values else {"stage": "stage2" if "stage2" in values else "stage1", **values}
+
+
+def read_section(folder: Path, name: str, schema: type[Section]) -> Section:
+    """One section of a folder's `config.yaml`; keys that it lacks have the schema's default."""
+    values = read_values(folder).get(name) or {}
+    known = {f.name for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    return cast(
+        Section,
+        OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(schema), {k: v for k, v in values.items() if k in known})
+        ),
+    )
+
+
+def read_config(folder: Path, root: type[Part]) -> Part:
+    """The `config.yaml` of a folder as `root`; of a run folder's, a model part takes what it knows.
 
     Raises: ConfigError as `load_config` does.
     """
-    root: Any = Stage2Config if "llm" in values else Stage1Config
-    merged = _merge(OmegaConf.structured(root), OmegaConf.create(values), "config.yaml", root)
+    values = {key: value for key, value in read_values(folder).items() if key in {"stage", *_sections(root)}}
+    return from_values(root, values, str(folder / "config.yaml"))
+
+
+def from_values(root: type[Part], values: dict[str, Any], source: str) -> Part:
+    """A config of nested dictionaries; `source` names them in errors.
+
+    Raises: ConfigError as `load_config` does.
+    """
+    merged = _merge(OmegaConf.structured(root), OmegaConf.create(values), source, root)
     if missing := sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(f"config.yaml lacks {', '.join(missing)}")
-    config: Any = OmegaConf.to_object(merged)
-    _check(config)
-    return config
+        raise ConfigError(f"{source} lacks {', '.join(missing)}")
+    return _to_dataclass(root, merged)
 
 
-def read_config(path: Path) -> Stage1Config | Stage2Config:
-    """Read the resolved `config.yaml` of a run or adapter folder."""
-    return from_dict(OmegaConf.to_container(_fragment(str(path))))  # type: ignore[arg-type]
-
-
-def to_yaml(config: Stage1Config | Stage2Config) -> str:
-    """The resolved config as YAML; alone it reproduces the run."""
+def to_yaml(config: ModelPart) -> str:
+    """The resolved config as YAML; that of a run alone reproduces it."""
     return portable(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def parse_arguments(root: type[Root], doc: str, argv: list[str] | None) -> Root:
+def only_model(config: ModelPart) -> ModelPart:
+    """The part of a run's config that rebuilds its model: what an adapter folder keeps."""
+    root = model_part(type(config))
+    return root(**{f.name: getattr(config, f.name) for f in dataclasses.fields(root)})
+
+
+def parse_arguments(root: type[Part], doc: str, argv: list[str] | None) -> Part:
     """Read a stage's command line; `--help` prints usage and schema, `--print-config` the resolved config.
 
     A mistake is one line on standard error and exit code 2.
@@ -103,12 +145,12 @@ def parse_arguments(root: type[Root], doc: str, argv: list[str] | None) -> Root:
 def describe_schema(root: type) -> str:
     """Every key with its default and meaning, one line each."""
     lines = []
-    for section in dataclasses.fields(root):
-        for key in dataclasses.fields(section.type):  # type: ignore[arg-type]
+    for name, section in _sections(root).items():
+        for key in dataclasses.fields(section):
             default = key.default_factory() if callable(key.default_factory) else key.default
             shown = "required" if default == MISSING else "null" if default is None else default
             choices = f" [{', '.join(key.metadata['choices'])}]" if key.metadata["choices"] else ""
-            lines.append(f"  {section.name + '.' + key.name:<36} {shown!s:<20} {key.metadata['help']}{choices}")
+            lines.append(f"  {name + '.' + key.name:<36} {shown!s:<20} {key.metadata['help']}{choices}")
     return "\n".join(lines)
 
 
@@ -147,7 +189,7 @@ def _nearest_file(path: Path) -> str:
     return f"; nearest is {near[0]}" if near else ""
 
 
-def _check_record_files(config: Stage1Config | Stage2Config) -> None:
+def _check_record_files(config: Any) -> None:
     """Local record files must be there before any weight loads; what is not a file's path is left to the sources."""
     for key in ("train", "validation"):
         for source in getattr(config.data, key):
@@ -158,18 +200,20 @@ def _check_record_files(config: Stage1Config | Stage2Config) -> None:
 
 
 def _merge(merged: Any, fragment: Any, source: str, root: type) -> Any:
-    known = _known_keys(root)
+    if (stage := fragment.get("stage")) not in (None, merged.stage) and merged.stage != MISSING:
+        raise ConfigError(f"{source} is of stage={stage}, this is {merged.stage}: launch stages/{stage}.py with it")
+    fragment = _moved(fragment)
+    known = [*_known_keys(root), "stage"]
     for key in _leaves(OmegaConf.to_container(fragment)):
         if key not in known and not any(k.startswith(key + ".") for k in known):
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown key {key} in {source}; nearest is {near}")
+            raise ConfigError(f"unknown key {key} in {source}; {nearest(key, known)}")
     try:
         return OmegaConf.merge(merged, _lists(fragment, root))
     except OmegaConfBaseException as error:
         key = next(
             (k for k in known if (error.full_key or "").startswith(k)), error.full_key or source.partition("=")[0]
         )
-        kind = _field(root, key).type if key in known else "a section of keys"
+        kind = _field(root, key).type if "." in key and key in known else "a section of keys"
         wanted = str(getattr(kind, "__name__", kind)) if not str(kind).startswith("list") else f"{kind}, written [a, b]"
         raise ConfigError(f"{key}: {OmegaConf.select(fragment, key)!r} in {source} is not {wanted}") from None
 
@@ -191,92 +235,69 @@ def _lists(fragment: Any, root: type) -> Any:
     return fragment
 
 
+def _moved(fragment: Any) -> Any:
+    """The fragment with every key of `MOVED` where it stands now."""
+    for before, now in MOVED.items():
+        if (value := OmegaConf.select(fragment, before)) is not None:
+            section, name = before.split(".")
+            fragment = OmegaConf.merge(fragment, OmegaConf.from_dotlist([f"{now}={value}"]))
+            del fragment[section][name]
+    return fragment
+
+
 def _leaves(values: Any, prefix: str = "") -> list[str]:
     if not isinstance(values, dict):
         return [prefix]
     return [leaf for k, v in values.items() for leaf in _leaves(v, f"{prefix}.{k}" if prefix else str(k))]
 
 
+def _sections(root: type) -> dict[str, Any]:
+    """The dataclass of every section, by name."""
+    return {f.name: f.type for f in dataclasses.fields(root) if dataclasses.is_dataclass(f.type)}
+
+
 def _known_keys(root: type) -> list[str]:
-    return [f"{s.name}.{k.name}" for s in dataclasses.fields(root) for k in dataclasses.fields(s.type)]  # type: ignore[arg-type]
+    return [f"{name}.{key.name}" for name, section in _sections(root).items() for key in dataclasses.fields(section)]
 
 
 def _field(root: type, key: str) -> dataclasses.Field:
     section, name = key.split(".")[:2]
-    kind: Any = next(f.type for f in dataclasses.fields(root) if f.name == section)
-    return next(f for f in dataclasses.fields(kind) if f.name == name)
+    return next(f for f in dataclasses.fields(_sections(root)[section]) if f.name == name)
 
 
-def _check(config: Stage1Config | Stage2Config) -> None:
-    """Choices and ranges, all problems in one message; a choice that YAML took for false becomes "no" again."""
+def _to_dataclass(root: type[Part], merged: Any, needed: tuple[str, ...] | None = None) -> Part:
+    """Merged values as plain dataclasses, after every check; values that nobody needs may be missing."""
+    sections = {}
     problems = []
-    for key in _known_keys(type(config)):
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        choices = _field(type(config), key).metadata["choices"]
-        if value == "False" and "no" in choices:
-            setattr(getattr(config, section), name, value := "no")
-        if choices and value not in choices:
-            problems.append(f"{key}: {value!r} is not one of {', '.join(choices)}")
-    train, qformer = config.train, config.qformer
-    for key in AT_LEAST_ONE:
-        section, name = key.split(".")
-        if hasattr(config, section) and (value := getattr(getattr(config, section), name)) < 1:
-            problems.append(f"{key}: {value} must be at least 1")
-    if train.seed < 0:
-        problems.append(f"train.seed: {train.seed} must be 0 or more")
-    if not 0 <= config.optim.min_lr <= config.optim.lr:
-        problems.append(f"optim.min_lr: {config.optim.min_lr} is outside 0 to optim.lr ({config.optim.lr})")
-    if not config.optim.clip_norm > 0:
-        problems.append(f"optim.clip_norm: {config.optim.clip_norm} must be above 0")
-    if not 0 <= config.data.max_dropped_fraction <= 1:
-        problems.append(f"data.max_dropped_fraction: {config.data.max_dropped_fraction} is outside 0 to 1")
-    if not config.data.train:
-        problems.append("data.train: [] names no record file")
-    weights = config.data.weights
-    if weights and (len(weights) != len(config.data.train) or not all(weight > 0 for weight in weights)):
-        problems.append(f"data.weights: {weights} must hold a number above 0 for each of data.train, or nothing")
-    if config.data.max_pixels is not None and config.data.max_pixels < 1:
-        problems.append(f"data.max_pixels: {config.data.max_pixels} must be at least 1")
-    crop = config.data.crop_scale
-    if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
-        problems.append(f"data.crop_scale: {crop} must be [smallest, largest] with 0 < smallest <= largest <= 1")
-    if not 3 <= config.data.max_text_tokens <= qformer.max_text_positions:
-        problems.append(
-            f"data.max_text_tokens: {config.data.max_text_tokens} is outside 3 to qformer.max_text_positions "
-            f"({qformer.max_text_positions})"
-        )
-    if isinstance(config, Stage2Config) and not 0 <= config.stage2.init_share <= 1:
-        problems.append(f"stage2.init_share: {config.stage2.init_share} is outside 0 to 1")
-    if isinstance(config, Stage2Config) and config.stage2.prompt_scale <= 0:
-        problems.append(f"stage2.prompt_scale: {config.stage2.prompt_scale} must be above 0")
-    if isinstance(config, Stage1Config) and not 0.001 <= config.stage1.temperature <= 0.5:
-        problems.append(f"stage1.temperature: {config.stage1.temperature} is outside 0.001 to 0.5")
-    itc = config.stage1.itc_batch_size if isinstance(config, Stage1Config) else None
-    micro = max(1, train.micro_batch_size)
-    if itc is not None and (itc < 1 or itc % micro or train.global_batch_size % itc):
-        problems.append(
-            f"stage1.itc_batch_size: {itc} must be a multiple of train.micro_batch_size ({micro}) and divide "
-            f"train.global_batch_size ({train.global_batch_size}); null = train.micro_batch_size x processes"
-        )
-    if train.micro_batch_size > 0 and train.global_batch_size % train.micro_batch_size:
-        problems.append(
-            f"train.global_batch_size: {train.global_batch_size} must be a multiple of "
-            f"train.micro_batch_size ({train.micro_batch_size})"
-        )
-    if not 0 <= config.optim.warmup_steps <= train.max_steps:
-        problems.append(
-            f"optim.warmup_steps: {config.optim.warmup_steps} is outside 0 to train.max_steps ({train.max_steps})"
-        )
-    if qformer.feature_norm_eps <= 0:
-        problems.append(f"qformer.feature_norm_eps: {qformer.feature_norm_eps} must be above 0")
-    if qformer.width % qformer.heads:
-        problems.append(f"qformer.width: {qformer.width} must be a multiple of qformer.heads ({qformer.heads})")
-    if len(config.optim.betas) != 2:
-        problems.append(f"optim.betas: {config.optim.betas} must hold two numbers")
-    if config.encoder.loader == "features" and config.encoder.width is None:
-        problems.append("encoder.width: missing; encoder.loader=features needs the width of the features")
-    if config.encoder.loader != "features" and not config.encoder.id:
-        problems.append("encoder.id: missing; it names the frozen encoder")
+    for name, kind in _sections(root).items():
+        fields = dataclasses.fields(kind)
+        values = {f.name: merged[name][f.name] for f in fields if not OmegaConf.is_missing(merged[name], f.name)}
+        values = {key: OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for key, v in values.items()}
+        for field in (f for f in fields if f.name in values):
+            values[field.name], problem = _checked(f"{name}.{field.name}", values[field.name], field)
+            problems += [problem] if problem else []
+        sections[name] = kind(**values)
+    config = root(stage=merged.stage, **sections)
+    if needed is None and not problems:
+        problems = [message for wrong, message in config.problems() if wrong]
     if problems:
         raise ConfigError("; ".join(problems))
+    return config
+
+
+def _checked(key: str, value: Any, field: dataclasses.Field) -> tuple[Any, str | None]:
+    """The value of a key, and what is wrong with it; a choice that YAML took for false becomes "no" again."""
+    choices, least, above, most = (field.metadata.get(k) for k in ("choices", "at_least", "above", "at_most"))
+    if value == "False" and choices and "no" in choices:
+        value = "no"
+    if choices and value not in choices:
+        return value, f"{key}: {value!r} is not one of {', '.join(choices)}"
+    if value is None or not isinstance(value, int | float):
+        return value, None
+    if least is not None and most is not None and not least <= value <= most:
+        return value, f"{key}: {value} is outside {least} to {most}"
+    if least is not None and value < least:
+        return value, f"{key}: {value} must be at least {least}"
+    if above is not None and value <= above:
+        return value, f"{key}: {value} must be above {above}"
+    return value, None

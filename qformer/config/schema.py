@@ -6,8 +6,12 @@ from typing import Any
 from omegaconf import MISSING
 
 
-def _doc(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"help": text, "choices": choices}
+def _doc(
+    default: Any, text: str, choices: tuple[str, ...] = (), *, at_least: float | None = None,
+    above: float | None = None, at_most: float | None = None,
+) -> Any:  # fmt: skip
+    """A field with its meaning and unit, and the values that it may have (bounds do not concern null)."""
+    metadata = {"help": text, "choices": choices, "at_least": at_least, "above": above, "at_most": at_most}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -25,32 +29,34 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    max_steps: int = _doc(MISSING, "optimizer updates in all")
-    seed: int = _doc(0, "seed of initial weights, order, augmentation and dropout")
+    max_steps: int = _doc(MISSING, "optimizer updates in all", at_least=1)
+    seed: int = _doc(0, "seed of initial weights, order, augmentation and dropout", at_least=0)
     resume: str | None = _doc(None, "auto = go on from run.dir's newest checkpoint; or a folder; null = from the start")
-    global_batch_size: int = _doc(MISSING, "records per step, over all processes and accumulation")
-    micro_batch_size: int = _doc(MISSING, "records per process and forward pass")
+    global_batch_size: int = _doc(MISSING, "records per step, over all processes and accumulation", at_least=1)
+    micro_batch_size: int = _doc(MISSING, "records per process and forward pass", at_least=1)
     mixed_precision: str = _doc("no", "autocast of the trainable part; its master weights stay float32", PRECISIONS)
     cpu: bool = _doc(False, "train on the CPU even where there is a GPU")
-    timeout_s: int = _doc(600, "seconds that processes wait for each other, in the slowest load and save as well")
-    checkpoint_every_steps: int = _doc(1000, "steps between checkpoints")
-    keep_checkpoints: int = _doc(2, "newest checkpoints that are kept")
+    timeout_s: int = _doc(
+        600, "seconds that processes wait for each other, in the slowest load and save as well", at_least=1
+    )
+    checkpoint_every_steps: int = _doc(1000, "steps between checkpoints", at_least=1)
+    keep_checkpoints: int = _doc(2, "newest checkpoints that are kept", at_least=1)
     gradient_checkpointing: list[str] = _doc([], "parts computed twice to keep less in memory: qformer, encoder, llm")
     stop_within_s: float = _doc(30.0, "seconds that the scheduler leaves between SIGTERM and SIGKILL; only warned of")
-    log_every_steps: int = _doc(10, "steps between lines of metrics.jsonl")
-    validate_every_steps: int = _doc(1000, "steps between validations; one more at the end")
-    validation_records: int = _doc(512, "records read in a validation")
+    log_every_steps: int = _doc(10, "steps between lines of metrics.jsonl", at_least=1)
+    validate_every_steps: int = _doc(1000, "steps between validations; one more at the end", at_least=1)
+    validation_records: int = _doc(512, "records read in a validation", at_least=1)
 
 
 @dataclass
 class OptimConfig:
     lr: float = _doc(1e-4, "peak learning rate")
-    min_lr: float = _doc(1e-5, "learning rate at the end of the cosine")
-    warmup_steps: int = _doc(2000, "steps of linear warm-up")
+    min_lr: float = _doc(1e-5, "learning rate at the end of the cosine", at_least=0)
+    warmup_steps: int = _doc(2000, "steps of linear warm-up", at_least=0)
     warmup_lr: float = _doc(1e-6, "learning rate at step 0")
-    weight_decay: float = _doc(0.05, "AdamW weight decay; none on biases, norms and the temperature")
+    weight_decay: float = _doc(0.05, "AdamW weight decay; none on biases, norms and the temperature", at_least=0)
     betas: list[float] = _doc([0.9, 0.98], "AdamW betas")
-    clip_norm: float = _doc(1.0, "largest gradient norm; larger ones are scaled down to it")
+    clip_norm: float = _doc(1.0, "largest gradient norm; larger ones are scaled down to it", above=0)
 
 
 @dataclass
@@ -60,20 +66,24 @@ class DataConfig:
     validation: list[str] = _doc([], "held-out records, same forms; empty = no validation")
     root: str | None = _doc(None, "folder that relative image paths start from; null = the record file's own")
     features: str | None = _doc(None, "feature cache (docs/feature_cache.md) in the encoder's place; null = none")
-    shuffle_block_records: int = _doc(1, "neighbours that stay together and in order in training; 1 = shuffle all")
-    workers: int = _doc(2, "processes that read and decode")
+    shuffle_block_records: int = _doc(
+        1, "neighbours that stay together and in order in training; 1 = shuffle all", at_least=1
+    )
+    workers: int = _doc(2, "processes that read and decode", at_least=0)
     augment: bool = _doc(True, "random resized crop and flip of training images")
     flip: bool = _doc(True, "data.augment mirrors every second image; false where captions say left and right")
     crop_scale: list[float] = _doc([0.5, 1.0], "share of the image's area that a random crop keeps")
     max_pixels: int | None = _doc(
-        None, "pixels of the largest image that is read, larger ones are broken records; null = PIL's bound, 89478485"
-    )
+        None, "pixels of the largest image that is read, larger ones are broken records; null = PIL's bound, 89478485",
+        at_least=1,
+    )  # fmt: skip
     cleaning: str = _doc(
         "blip", "captions as BLIP-2 writes them: small letters, no points; or as they are", ("blip", "none")
     )
-    max_words: int = _doc(50, "words of a caption that are kept")
-    max_text_tokens: int = _doc(32, "tokens of a caption, special ones included")
-    max_dropped_fraction: float = _doc(0.1, "share of broken records at which a run stops; they are replaced below it")
+    max_words: int = _doc(50, "words of a caption that are kept", at_least=1)
+    max_dropped_fraction: float = _doc(
+        0.1, "share of broken records at which a run stops; they are replaced below it", at_least=0, at_most=1
+    )
 
 
 @dataclass
@@ -86,7 +96,7 @@ class EncoderConfig:
     block: int = _doc(-2, "block whose output is read, before the final norm (-1 last, -2 second last as in the paper)")
     image_size: int | None = _doc(None, "side in pixels; null = the weights' own")
     dtype: str = _doc("float32", "dtype of the frozen weights", DTYPES)
-    width: int | None = _doc(None, "width of precomputed features (loader features only)")
+    width: int | None = _doc(None, "width of precomputed features (loader features only)", at_least=1)
     num_tokens: int | None = _doc(None, "tokens of precomputed features, null if they vary (loader features only)")
 
 
@@ -94,27 +104,32 @@ class EncoderConfig:
 class QFormerConfig:
     init_from: str | None = _doc(None, "BERT-shaped model (hub id or folder) to start from; null = random")
     tokenizer: str = _doc("bert-base-uncased", "BERT tokenizer: hub id or folder; gains [DEC]")
-    layers: int = _doc(12, "transformer layers")
-    width: int = _doc(768, "hidden width D")
-    heads: int = _doc(12, "attention heads H")
-    ffn_width: int = _doc(3072, "width inside a feed-forward network")
-    queries: int = _doc(32, "learned query tokens Q")
-    cross_attention_frequency: int = _doc(2, "cross-attention to the image in layers 0, f, 2f, ...")
-    dropout: float = _doc(0.1, "dropout probability of hidden states and attention")
+    layers: int = _doc(12, "transformer layers", at_least=1)
+    width: int = _doc(768, "hidden width D", at_least=1)
+    heads: int = _doc(12, "attention heads H", at_least=1)
+    ffn_width: int = _doc(3072, "width inside a feed-forward network", at_least=1)
+    queries: int = _doc(32, "learned query tokens Q", at_least=1)
+    cross_attention_frequency: int = _doc(2, "cross-attention to the image in layers 0, f, 2f, ...", at_least=1)
+    dropout: float = _doc(0.1, "dropout probability of hidden states and attention", at_least=0, at_most=1)
+    max_text_tokens: int = _doc(
+        32, "tokens of a caption or other text that it reads, special ones included", at_least=3
+    )
     max_text_positions: int = _doc(512, "learned text positions")
-    init_std: float = _doc(0.02, "standard deviation of initial weights; narrow models learn sooner from more")
-    contrastive_width: int = _doc(256, "width E of the contrastive projections")
-    feature_norm_eps: float = _doc(1e-5, "eps of the LayerNorm on frozen features; transformers' checkpoints use 1e-6")
+    init_std: float = _doc(0.02, "standard deviation of initial weights; narrow models learn sooner from more", above=0)
+    contrastive_width: int = _doc(256, "width E of the contrastive projections", at_least=1)
+    feature_norm_eps: float = _doc(
+        1e-5, "eps of the LayerNorm on frozen features; transformers' checkpoints use 1e-6", above=0
+    )
 
 
 @dataclass
 class Stage1Section:
     init_from: str | None = _doc(None, "adapter folder of stage 1 to continue from; null = begin anew")
-    itc: float = _doc(1.0, "weight of image-text contrast")
-    itm: float = _doc(1.0, "weight of image-text matching")
-    itg: float = _doc(1.0, "weight of image-grounded text generation")
+    itc: float = _doc(1.0, "weight of image-text contrast", at_least=0)
+    itm: float = _doc(1.0, "weight of image-text matching", at_least=0)
+    itg: float = _doc(1.0, "weight of image-grounded text generation", at_least=0)
     label_smoothing: float = _doc(0.1, "label smoothing of ITC and ITG")
-    temperature: float = _doc(0.07, "start of the learned divisor of ITC similarities")
+    temperature: float = _doc(0.07, "start of the learned divisor of ITC similarities", at_least=0.001, at_most=0.5)
     itc_batch_size: int | None = _doc(
         None, "records contrasted with each other; null = one pass's (docs/large_batches.md)"
     )
@@ -132,7 +147,7 @@ class LlmConfig:
     max_target_tokens: int = _doc(32, "tokens of a caption that the loss covers")
     prompt: str = _doc("", "text before the caption in training; not in the loss")
     vqa_prompt: str = _doc("", "prompt of questions with {} for the question; empty = BLIP-2's for this kind of model")
-    num_beams: int = _doc(5, "beams in generation")
+    num_beams: int = _doc(5, "beams in generation", at_least=1)
     vqa_length_penalty: float | None = _doc(None, "for answers; null = BLIP-2's: 0 decoder-only, -1 encoder-decoder")
     vqa_max_new_tokens: int = _doc(10, "longest answer")
     caption_max_new_tokens: int = _doc(30, "longest caption")
@@ -143,7 +158,7 @@ class LlmConfig:
 class TuneConfig:
     encoder: str = _doc("no", "what of the encoder learns as well, for fine-tuning", ("no", "lora", "full"))
     llm: str = _doc("no", "what of the language model learns as well", ("no", "lora"))
-    lora_rank: int = _doc(8, "rank of each LoRA product")
+    lora_rank: int = _doc(8, "rank of each LoRA product", at_least=1)
     lora_alpha: int = _doc(16, "LoRA's products are scaled by alpha / rank")
     lora_targets: list[str] = _doc(
         [], "linear layers with a LoRA, by the ends of their names; empty = all of the blocks"
@@ -154,38 +169,123 @@ class TuneConfig:
 class Stage2Section:
     init_from: str | None = _doc(None, "adapter folder of stage 1; null = a Q-Former from nothing (the ablation)")
     init_share: float = _doc(
-        1.0, "share of stage 1's matrices in init_from's start, the rest drawn anew; 1 = theirs as they are"
+        1.0,
+        "share of stage 1's matrices in init_from's start, the rest drawn anew; 1 = theirs as they are",
+        at_least=0,
+        at_most=1,
     )
     prompt_scale: float = _doc(
-        1.0, "factor on the language projection's first weights; larger for language models with large embeddings"
+        1.0,
+        "factor on the language projection's first weights; larger for language models with large embeddings",
+        above=0,
     )
     instructed: bool = _doc(False, "the prompt also enters the Q-Former, beside the queries, as in InstructBLIP")
 
 
+Problems = list[tuple[bool, str]]  # whether it is wrong, and what to say then
+
+
+class _Part:
+    def problems(self) -> Problems:
+        """What no single field can know: rules between keys, each with its message."""
+        return []
+
+
 @dataclass
-class Stage1Config:
-    """Stage 1: representation learning (ITC, ITM, ITG) with a frozen image encoder."""
+class RunPart(_Part):
+    """What a run needs beside the model that it trains."""
 
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+    def problems(self) -> Problems:
+        train, optim, data = self.train, self.optim, self.data
+        crop, weights, n_sources = data.crop_scale, data.weights, len(data.train)
+        return [
+            *super().problems(),
+            (train.global_batch_size % train.micro_batch_size > 0,
+             f"train.global_batch_size: {train.global_batch_size} must be a multiple of train.micro_batch_size "
+             f"({train.micro_batch_size})"),
+            (optim.warmup_steps > train.max_steps,
+             f"optim.warmup_steps: {optim.warmup_steps} is outside 0 to train.max_steps ({train.max_steps})"),
+            (optim.min_lr > optim.lr, f"optim.min_lr: {optim.min_lr} is outside 0 to optim.lr ({optim.lr})"),
+            (len(optim.betas) != 2, f"optim.betas: {optim.betas} must hold two numbers"),
+            (not data.train, "data.train: [] names no record file"),
+            (bool(weights) and (len(weights) != n_sources or min(weights) <= 0),
+             f"data.weights: {weights} must hold a number above 0 for each of data.train, or nothing"),
+            (len(crop) != 2 or not 0 < crop[0] <= crop[-1] <= 1,
+             f"data.crop_scale: {crop} must be [smallest, largest] with 0 < smallest <= largest <= 1"),
+        ]  # fmt: skip
+
+
+@dataclass
+class ModelPart(_Part):
+    """What rebuilds a model, and all that an adapter folder keeps; `stage` names the entry of `build.STAGES`."""
+
+    stage: str = MISSING
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    stage1: Stage1Section = field(default_factory=Stage1Section)
     tune: TuneConfig = field(default_factory=TuneConfig)
 
+    def frozen(self) -> dict[str, EncoderConfig | LlmConfig]:
+        """The sections that name the frozen models."""
+        return {"encoder": self.encoder}
+
+    def problems(self) -> Problems:
+        qformer, encoder = self.qformer, self.encoder
+        return [
+            *super().problems(),
+            (qformer.width % qformer.heads > 0,
+             f"qformer.width: {qformer.width} must be a multiple of qformer.heads ({qformer.heads})"),
+            (qformer.max_text_tokens > qformer.max_text_positions,
+             f"qformer.max_text_tokens: {qformer.max_text_tokens} is outside 3 to qformer.max_text_positions "
+             f"({qformer.max_text_positions})"),
+            (encoder.loader == "features" and encoder.width is None,
+             "encoder.width: missing; encoder.loader=features needs the width of the features"),
+            (encoder.loader != "features" and not encoder.id, "encoder.id: missing; it names the frozen encoder"),
+        ]  # fmt: skip
+
 
 @dataclass
-class Stage2Config:
-    """Stage 2: generative learning through a frozen language model."""
+class Stage1Part(ModelPart):
+    """A Q-Former aligned with text."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    stage: str = "stage1"
+    stage1: Stage1Section = field(default_factory=Stage1Section)
+
+
+@dataclass
+class Stage2Part(ModelPart):
+    """A Q-Former that prompts a language model."""
+
+    stage: str = "stage2"
     llm: LlmConfig = field(default_factory=LlmConfig)
     stage2: Stage2Section = field(default_factory=Stage2Section)
-    tune: TuneConfig = field(default_factory=TuneConfig)
+
+    def frozen(self) -> dict[str, EncoderConfig | LlmConfig]:
+        return {**super().frozen(), "llm": self.llm}
+
+
+@dataclass
+class Stage1Config(Stage1Part, RunPart):
+    """Stage 1: representation learning (ITC, ITM, ITG) with a frozen image encoder."""
+
+    def problems(self) -> Problems:
+        itc, train, stage1 = self.stage1.itc_batch_size, self.train, self.stage1
+        return [
+            *super().problems(),
+            (stage1.itc + stage1.itm + stage1.itg <= 0, "stage1: one of itc, itm and itg must be above 0"),
+            (itc is not None and self.tune.encoder != "no",
+             f"tune.encoder={self.tune.encoder} with stage1.itc_batch_size: its two passes keep an encoder's features, which "
+             "must be frozen; set one of them to no or null"),
+            (itc is not None and (itc < 1 or itc % train.micro_batch_size > 0 or train.global_batch_size % itc > 0),
+             f"stage1.itc_batch_size: {itc} must be a multiple of train.micro_batch_size ({train.micro_batch_size}) and "
+             f"divide train.global_batch_size ({train.global_batch_size}); null = train.micro_batch_size x processes"),
+        ]  # fmt: skip
+
+
+@dataclass
+class Stage2Config(Stage2Part, RunPart):
+    """Stage 2: generative learning through a frozen language model."""

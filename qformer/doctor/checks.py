@@ -20,7 +20,6 @@ from torch import nn
 
 from qformer.build import build_dataset, build_encoder, build_tokenizer, read_split
 from qformer.checkpoint import STATE, load_strictly, read_adapter, require_same_parts, run_bytes, transfer
-from qformer.config import Stage1Config, Stage2Config
 from qformer.data import RecordDataset, clean_caption
 from qformer.doctor.report import FAILED, OK, WARNING, Finding
 from qformer.doctor.weights import (
@@ -37,7 +36,7 @@ from qformer.encoders import FrozenEncoder
 from qformer.interop.frozen import empty_adapter
 from qformer.language import FrozenLanguageModel
 from qformer.launch import start_accelerator
-from qformer.run_folder import _resume_from
+from qformer.run_folder import resume_from
 
 CUT_CAPTIONS = 0.01  # share of captions longer than the limit from which on it is worth a word
 UNKNOWN_TOKENS = 0.01  # likewise of tokens that the tokenizer does not know
@@ -53,7 +52,7 @@ class Case:
         sample: records that are read of each split.
     """
 
-    config: Stage1Config | Stage2Config
+    config: Any  # of a run of any stage
     processes: int = 1
     sample: int = 256
     first_step: int = 0
@@ -69,7 +68,7 @@ class Case:
 
     @property
     def needs_tokenizer(self) -> bool:
-        return isinstance(self.config, Stage1Config) or self.config.stage2.instructed
+        return "llm" not in self.config.frozen() or self.config.stage2.instructed
 
     @property
     def accumulation(self) -> int:
@@ -86,7 +85,7 @@ def attempt(name: str, check: Callable[[Case], Verdict], case: Case) -> Finding:
 
 
 def check_steps(case: Case) -> Verdict:
-    train, stage = case.config.train, 1 if isinstance(case.config, Stage1Config) else 2
+    train = case.config.train
     micro, world = train.micro_batch_size, case.processes
     if train.global_batch_size % (micro * world):
         return FAILED, (
@@ -94,13 +93,16 @@ def check_steps(case: Case) -> Verdict:
             f"times {world} processes"
         )
     made = f"{micro} a forward x {world} process{'es' * (world > 1)} x {case.accumulation} accumulated"
-    return OK, f"stage {stage}: {train.max_steps} steps of {train.global_batch_size} records ({made})"
+    return (
+        OK,
+        f"{case.config.stage.replace('stage', 'stage ')}: {train.max_steps} steps of {train.global_batch_size} records ({made})",
+    )
 
 
 def check_run_folder(case: Case) -> Verdict:
     run_dir, resume = Path(case.config.run.dir), case.config.train.resume
     with _heard() as said:  # of damaged checkpoints that are passed over
-        found = _resume_from(run_dir, resume)
+        found = resume_from(run_dir, resume)
     here = existing(run_dir)
     try:
         with tempfile.NamedTemporaryFile(dir=here, prefix=".doctor-"):
@@ -108,7 +110,7 @@ def check_run_folder(case: Case) -> Verdict:
     except OSError as error:
         raise ValueError(f"run.dir={run_dir} cannot be written ({error.strerror}: {here}); choose another") from None
     if found:
-        require_same_parts(case.config, found, _frozen_sections(case))
+        require_same_parts(case.config, found, case.config.frozen())
         case.first_step = json.loads((found / STATE).read_text())["step"]
         if case.first_step > case.config.train.max_steps:
             raise ValueError(f"{found} is past train.max_steps={case.config.train.max_steps}; raise it")
@@ -151,7 +153,6 @@ def check_encoder(case: Case) -> Verdict:
 
 
 def check_language_model(case: Case) -> Verdict:
-    assert isinstance(case.config, Stage2Config)
     config = case.config.llm
     with _heard() as said:
         llm = outline_language_model(config)
@@ -187,8 +188,8 @@ def check_beginning(case: Case) -> Verdict:
     )
     parameters = sum(p.numel() for p in adapter.parameters())
     text = f"{parameters / 1e6:.3g} M trainable parameters"
-    stage1 = isinstance(config, Stage1Config)
-    init_from = config.stage1.init_from if isinstance(config, Stage1Config) else config.stage2.init_from
+    stage1 = config.stage == "stage1"
+    init_from = config.stage1.init_from if stage1 else config.stage2.init_from
     if init_from is not None:
         require_same_parts(config, Path(init_from), ("encoder",))
         tensors = read_adapter(Path(init_from))
@@ -258,9 +259,9 @@ def check_captions(case: Case) -> Verdict:
     if not texts:
         return FAILED, "none of the records read has a caption: expected a field 'caption'"
     config, said, worst = case.config, [], OK
-    if isinstance(config, Stage1Config):
+    if config.stage == "stage1":
         ids = case.tokenizer(texts).input_ids
-        limit, key, lengths = config.data.max_text_tokens, "data.max_text_tokens", [len(row) for row in ids]
+        limit, key, lengths = config.qformer.max_text_tokens, "qformer.max_text_tokens", [len(row) for row in ids]
         unknown = sum(row.count(case.tokenizer.unk_token_id) for row in ids) / sum(lengths)
         if unknown > UNKNOWN_TOKENS:
             worst = WARNING
@@ -287,7 +288,6 @@ def check_static_memory(case: Case) -> Verdict:
     if case.config.tune.encoder == "full":
         frozen, learning = 0, learning + copies * 4 * sum(p.numel() for p in case.encoder.parameters())
     if case.llm is not None:
-        assert isinstance(case.config, Stage2Config)
         frozen += resident_bytes(case.llm, case.config.llm.quantise)
     case.static_bytes = frozen + learning
     text = (
@@ -306,10 +306,6 @@ def size(n_bytes: float) -> str:
     """In decimal units, as disks are sold."""
     unit, name = (1e9, "GB") if n_bytes >= 1e8 else (1e6, "MB") if n_bytes >= 1e5 else (1e3, "kB")
     return f"{n_bytes / unit:.3g} {name}"
-
-
-def _frozen_sections(case: Case) -> tuple[str, ...]:
-    return ("encoder", "llm") if isinstance(case.config, Stage2Config) else ("encoder",)
 
 
 def _tokens(encoder: FrozenEncoder) -> str:

@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
-from qformer.config import Stage1Config, Stage2Config
 from qformer.doctor import checks
 from qformer.doctor.checks import Case, Verdict, attempt
 from qformer.doctor.report import FAILED, WARNING, Finding
 from qformer.doctor.trial import try_steps
 
 
-def examine(
-    config: Stage1Config | Stage2Config, *, processes: int = 1, sample: int = 256, trial: bool = True
-) -> Iterator[Finding]:
+def examine(config: Any, *, processes: int = 1, sample: int = 256, trial: bool = True) -> Iterator[Finding]:
     """Check a config on this machine; findings come one by one, the cheap ones first.
 
     A check that builds on one that failed is not made, and says so. Beside a probe file in `run.dir`, removed at once,
@@ -49,7 +47,7 @@ def _plan(case: Case) -> Iterator[tuple[str, Callable[[Case], Verdict], tuple[st
     yield "run folder", checks.check_run_folder, ()
     yield "device", checks.check_device, ()
     yield "encoder", checks.check_encoder, ()
-    if isinstance(case.config, Stage2Config):
+    if "llm" in case.config.frozen():
         yield "language model", checks.check_language_model, ()
         models.append("language model")
     if case.needs_tokenizer:

@@ -16,15 +16,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from qformer.build import build_dataset, build_stage1, build_stage2
-from qformer.config import Stage1Config
+from qformer.build import build_dataset, build_stage
 from qformer.data import GlobalBatches, Order, RecordDataset, training_loader
 from qformer.doctor.checks import Case, parameter_bytes, size
 from qformer.doctor.report import FAILED, OK, WARNING, Finding
 from qformer.log import describe_losses
-from qformer.models import Stage1Model, Stage2Model
 from qformer.optim import build_optimizer
-from qformer.training import chance_levels
 
 SMALL = (2, 4)  # records of the first two steps
 FULL_STEP_S = 60.0  # a step that would take longer is not tried at its full size
@@ -49,28 +46,25 @@ class Trial:
         assert case.accelerator is not None
         config, self.accelerator = case.config, case.accelerator
         self.config = config
-        self.model: Stage1Model | Stage2Model = (
-            build_stage1(config) if isinstance(config, Stage1Config) else build_stage2(config)[0]
-        )
+        self.model = build_stage(config)
         self.dataset: RecordDataset = build_dataset(config.data, self.model.encoder, "train", config.train.seed)
+        self.model.use_training_kernels(self.accelerator.device, config.train.mixed_precision)
         self.model.to(self.accelerator.device)
-        if isinstance(self.model, Stage2Model):
-            self.model.llm.use_training_kernels(self.accelerator.device, config.train.mixed_precision)
         optimizer = build_optimizer(
             self.model.adapter, lr=config.optim.warmup_lr, betas=(0.9, 0.98), weight_decay=0.0, eps=1e-8
         )
-        self.model.adapter, self.optimizer = self.accelerator.prepare(self.model.adapter, optimizer)
+        self.adapter, self.optimizer = self.accelerator.prepare(self.model.adapter, optimizer)
         self.model.train()
 
     def step(self, records: int) -> Step:
-        device, adapter = self.accelerator.device, self.model.adapter
+        device, adapter = self.accelerator.device, self.adapter
         before = _begin_peak(device)
         batches = GlobalBatches(Order(len(self.dataset), self.config.train.seed), 1, 0, records)
         prepared = self.model.prepare(next(iter(training_loader(self.dataset, batches, 0))).to(device), 0)
         targets = torch.tensor(float(prepared.target_tokens), device=device)
         start = _now(device)
         with _saved_bytes(adapter) as saved, self.accelerator.autocast():
-            output = self.model(prepared, targets)
+            output = self.model(prepared, targets, adapter)
         forward_s = _now(device) - start
         self.accelerator.backward(output.loss)
         norm = self.accelerator.clip_grad_norm_(adapter.parameters(), self.config.optim.clip_norm)
@@ -99,7 +93,7 @@ def try_steps(case: Case) -> Iterator[Finding]:
     except (ValueError, OSError, RuntimeError) as error:
         yield Finding("step", FAILED, _one_line(error))
         return
-    yield _of_step(last, micro, chance_levels(trial.model, last.records), trial.accelerator)
+    yield _of_step(last, micro, trial.model.chance_levels(last.records), trial.accelerator)
     activations = last.activation_bytes if last.records == micro else _activations(small, micro)
     yield _of_memory(case, small, activations, measured=last.records == micro)
     yield _of_time(case, last)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from qformer.config import Stage1Config, Stage2Config, from_dict
+from qformer.config import Stage1Part, Stage2Part, from_values
 from qformer.interop.frozen import DEC, empty_adapter
 from qformer.interop.keys import BLIP2, INSTRUCT_BLIP, Imported, Layout, Report
 from qformer.models import Stage1Adapter, Stage2Adapter
@@ -55,7 +55,7 @@ def import_blip2(id_or_folder: str, revision: str | None = None) -> Imported:
         config.qformer.tokenizer = tokenizer[0]
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
+        torch.manual_seed(0)
         own = adapter_like(config, theirs).state_dict()
         found, report = LAYOUTS[theirs.model_type].take(own, tensors, source, HAS_NO_SLOT if retrieval else ())
         found |= {name: own[name] for name in report.new}
@@ -97,7 +97,7 @@ def read_config_of(folder: Path, source: str) -> Any:
     return config
 
 
-def config_of(theirs: Any, source: str, retrieval: bool, revision: str | None = None) -> Stage1Config | Stage2Config:
+def config_of(theirs: Any, source: str, retrieval: bool, revision: str | None = None) -> Any:
     """Our config of a checkpoint of transformers, from its own config.
 
     Args:
@@ -106,10 +106,6 @@ def config_of(theirs: Any, source: str, retrieval: bool, revision: str | None = 
     """
     text, qformer = theirs.text_config, theirs.qformer_config
     values: dict[str, Any] = {
-        "run": {"dir": "runs/imported"},
-        "train": {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
-        "optim": {"warmup_steps": 0},
-        "data": {"train": [f"(imported from {source})"], "max_text_tokens": min(32, qformer.max_position_embeddings)},
         "encoder": {"loader": "transformers", "id": source, "revision": revision, "block": -1},
         "qformer": {
             "layers": qformer.num_hidden_layers,
@@ -120,6 +116,7 @@ def config_of(theirs: Any, source: str, retrieval: bool, revision: str | None = 
             "cross_attention_frequency": qformer.cross_attention_frequency,
             "dropout": float(qformer.hidden_dropout_prob),
             "max_text_positions": qformer.max_position_embeddings,
+            "max_text_tokens": min(32, qformer.max_position_embeddings),
             "feature_norm_eps": theirs.vision_config.layer_norm_eps,
         },
     }
@@ -128,19 +125,22 @@ def config_of(theirs: Any, source: str, retrieval: bool, revision: str | None = 
     else:
         values["llm"] = {"id": source, "revision": revision, "activation": _activation(text)}
         values["stage2"] = {"instructed": theirs.model_type == "instructblip"}
-    return from_dict(values)
+    return from_values(Stage1Part if retrieval else Stage2Part, values, source)
 
 
-def adapter_like(config: Stage1Config | Stage2Config, theirs: Any) -> Stage1Adapter | Stage2Adapter:
+def adapter_like(config: Any, theirs: Any) -> Stage1Adapter | Stage2Adapter:
     """The adapter that the checkpoint holds, without memory for its tensors (meta) but for stage 1's heads, drawn anew."""
     sizes, encoder_width = config.qformer, theirs.vision_config.hidden_size
-    reads_text = isinstance(config, Stage1Config) or config.stage2.instructed
+    reads_text = config.stage == "stage1" or config.stage2.instructed
     vocab_size = theirs.qformer_config.vocab_size if reads_text else None
     adapter = empty_adapter(config, encoder_width, theirs.text_config.hidden_size, vocab_size)
-    if isinstance(config, Stage2Config):
+    if config.stage == "stage2":
         return adapter
     temperature = config.stage1.temperature  # transformers has no place for it, nor for the language head
-    return Stage1Adapter(adapter.qformer, encoder_width, sizes.contrastive_width, dec_id=0, temperature=temperature)
+    return Stage1Adapter(
+        adapter.qformer, encoder_width=encoder_width, contrastive_width=sizes.contrastive_width, dec_id=0,
+        temperature=temperature,
+    )  # fmt: skip
 
 
 def _activation(text: Any) -> str | None:

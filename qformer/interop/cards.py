@@ -1,6 +1,8 @@
 """The README.md of an export: what it is, how near it came to ours, and a few lines of code that run it."""
 
-from qformer.config import Stage1Config, Stage2Config
+from typing import Any
+
+from qformer.config import Stage2Part
 from qformer.interop.keys import Report
 from qformer.text import PROMPTS
 
@@ -71,12 +73,12 @@ client.completions.create(model="{llm}", prompt="", max_tokens={tokens}, extra_b
 
 
 def of_whole(
-    config: Stage1Config | Stage2Config, architecture: str, why: str, keys: Report, differences: dict[str, float],
+    config: Any, architecture: str, why: str, keys: Report, differences: dict[str, float],
     encoder_decoder: bool,
 ) -> str:  # fmt: skip
     """Card of a whole model."""
     code = RETRIEVAL
-    if isinstance(config, Stage2Config):
+    if config.stage == "stage2":
         without = "" if encoder_decoder else '[:, inputs["input_ids"].shape[1] :]'
         settings = {
             "beams": config.llm.num_beams,
@@ -90,19 +92,19 @@ def of_whole(
 
 
 def of_qformer(
-    config: Stage1Config | Stage2Config, architecture: str, why: str, keys: Report, differences: dict[str, float],
+    config: Any, architecture: str, why: str, keys: Report, differences: dict[str, float],
     width: int,
 ) -> str:  # fmt: skip
     """Card of a Q-Former alone; `width` is Dv."""
-    stage2 = isinstance(config, Stage2Config)
-    instructed = isinstance(config, Stage2Config) and config.stage2.instructed
+    stage2 = config.stage == "stage2"
+    instructed = config.stage == "stage2" and config.stage2.instructed
     queries, words = config.qformer.queries, "words.expand(len(features), -1, -1)"
     code = QFORMER.format(
         rest=REST,
         width=width,
         features=f"of {config.encoder.id or 'your encoder'}, block {config.encoder.block}, before its final norm",
         eps=config.qformer.feature_norm_eps,
-        read=READ.format(prompt=_quoted(config.llm.prompt)) if isinstance(config, Stage2Config) and instructed else "",
+        read=READ.format(prompt=_quoted(config.llm.prompt)) if config.stage == "stage2" and instructed else "",
         embeds=f"torch.cat([queries, {words}], 1)" if instructed else "queries",
         queries=queries,
         name="visual_prompt" if stage2 else "image_embeds",
@@ -111,13 +113,13 @@ def of_qformer(
     after = (
         f"`visual_prompt` float[B, {queries}, Dl] stands before the embedded text of `{config.llm.id}`: "
         "`inputs_embeds=torch.cat([visual_prompt, words], 1)`.\n"
-        if isinstance(config, Stage2Config)
+        if config.stage == "stage2"
         else "`F.normalize(image_embeds, dim=-1)` are the contrastive embeddings, one a query.\n"
     )
     return _card(config, architecture, why, keys, differences, code) + "\n" + after
 
 
-def of_visual_prompts(config: Stage2Config, encoder_decoder: bool, prompt: str, picture: str) -> str:
+def of_visual_prompts(config: Stage2Part, encoder_decoder: bool, prompt: str, picture: str) -> str:
     """Card of visual prompts, with a picture of theirs as the example."""
     values = {"llm": config.llm.id, "tokens": config.llm.caption_max_new_tokens}
     auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
@@ -132,10 +134,10 @@ def of_visual_prompts(config: Stage2Config, encoder_decoder: bool, prompt: str, 
 
 
 def _card(
-    config: Stage1Config | Stage2Config, architecture: str, why: str, keys: Report, differences: dict[str, float],
+    config: Any, architecture: str, why: str, keys: Report, differences: dict[str, float],
     code: str,
 ) -> str:  # fmt: skip
-    llm = [f"- language model: `{config.llm.id}`"] if isinstance(config, Stage2Config) else []
+    llm = [f"- language model: `{config.llm.id}`"] if config.stage == "stage2" else []
     far = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
     lines = [
         f"# A Q-Former as transformers' {architecture}",

@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from qformer.checkpoint import trainable_tensors
-from qformer.config import Stage1Config, Stage2Config
+from qformer.config import Stage2Part
 from qformer.encoders import Features, FrozenEncoder
 from qformer.files import atomic_folder
 from qformer.interop import cards
@@ -43,15 +43,15 @@ from qformer.interop.keys import BLIP2, INSTRUCT_BLIP, Report
 from qformer.interop.parity import TOLERANCE, Model, difference, run_ours, run_qformer, run_whole
 from qformer.interop.vision import Converted, DoesNotFit, to_blip2_vision
 from qformer.language import FrozenLanguageModel
-from qformer.models import Stage1Model, Stage2Model
-from qformer.tuning import LLM_LORA, fold
+from qformer.models import Stage2
+from qformer.tuning import LLM_LORA, merge_into_frozen
 
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
-Config = Stage1Config | Stage2Config
+Config = Any  # Stage1Part or Stage2Part, by its `stage`
 
 
 class _Classes(NamedTuple):
@@ -111,7 +111,7 @@ def export(model: Model, config: Config, out: Path, picture: Image.Image | None 
         pixels = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         picture = Image.fromarray(pixels.numpy())
     encoder = f"the encoder ({config.encoder.loader} {config.encoder.id}".rstrip() + ")"
-    fold(model)
+    merge_into_frozen(model)
     with atomic_folder(out) as folder:
         try:
             converted: Converted | None = _fitting(model, encoder)
@@ -139,7 +139,7 @@ def export(model: Model, config: Config, out: Path, picture: Image.Image | None 
             )
         told = (config, architecture, why, keys, differences)
         if converted:
-            card = cards.of_whole(*told, isinstance(model, Stage2Model) and model.llm.is_encoder_decoder)
+            card = cards.of_whole(*told, model.name == "stage2" and model.llm.is_encoder_decoder)
         else:
             card = cards.of_qformer(*told, model.encoder.width)
         (folder / CARD).write_text(card)
@@ -147,7 +147,7 @@ def export(model: Model, config: Config, out: Path, picture: Image.Image | None 
 
 
 def write_visual_prompts(
-    model: Stage2Model, config: Stage2Config, features: Iterable[tuple[str, Features]], prompt: str, out: Path
+    model: Stage2, config: Stage2Part, features: Iterable[tuple[str, Features]], prompt: str, out: Path
 ) -> int:
     """Write visual prompts float32[Q, Dl] by picture name, for a server of the unmodified language model; returns how many.
 
@@ -178,7 +178,7 @@ def write_visual_prompts(
 
 
 def _fitting(model: Model, encoder: str) -> Converted:
-    if isinstance(model, Stage2Model):
+    if model.name == "stage2":
         text, llm = model.llm.model.config, model.llm
         if llm.is_encoder_decoder and text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise DoesNotFit(f"transformers' Blip2 takes the language model {llm.name} for a decoder-only one")
@@ -195,7 +195,7 @@ def _fitting(model: Model, encoder: str) -> Converted:
 
 def _write_whole(model: Model, config: Config, converted: Converted, folder: Path) -> tuple[str, Report]:
     """Model and processor; the target is built without memory and takes our tensors over, so that none is held twice."""
-    stage2 = model if isinstance(model, Stage2Model) else None
+    stage2 = model if model.name == "stage2" else None
     instructed = stage2 is not None and stage2.tokenizer is not None
     classes = INSTRUCTED if instructed else GENERATION if stage2 else RETRIEVAL
     queries, image_processor = config.qformer.queries, _image_processor(model.encoder)
@@ -218,7 +218,7 @@ def _write_whole(model: Model, config: Config, converted: Converted, folder: Pat
         values["image_text_hidden_size"] = config.qformer.contrastive_width
     with torch.device("meta"):
         target = classes.model(classes.config(**values))
-    if isinstance(model, Stage1Model) and "logit_scale" in target.state_dict():
+    if model.name == "stage1" and "logit_scale" in target.state_dict():
         tensors["logit_scale"] = -model.adapter.temperature.detach().cpu().log()
     target.load_state_dict(tensors, assign=True)
     if stage2:

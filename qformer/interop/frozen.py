@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from qformer.config import EncoderConfig, LlmConfig, QFormerConfig, Stage1Config, Stage2Config
+from qformer.config import EncoderConfig, LlmConfig, QFormerConfig
 from qformer.interop.keys import Imported
 from qformer.models import Stage1Adapter, Stage2Adapter
 from qformer.qformer import QFormer
@@ -63,7 +63,7 @@ def text_vocabulary(config: QFormerConfig) -> int:
 
 
 def empty_adapter(
-    config: Stage1Config | Stage2Config, encoder_width: int, language_width: int | None, vocab_size: int | None
+    config: Any, encoder_width: int, language_width: int | None, vocab_size: int | None
 ) -> Stage1Adapter | Stage2Adapter:
     """The adapter of `config` on the meta device: names and shapes without memory."""
     sizes = config.qformer
@@ -79,10 +79,12 @@ def empty_adapter(
             vocab_size=vocab_size,
             max_text_positions=sizes.max_text_positions,
         )
-        if isinstance(config, Stage1Config):
-            return Stage1Adapter(qformer, encoder_width, sizes.contrastive_width, dec_id=0)
+        if config.stage == "stage1":
+            return Stage1Adapter(
+                qformer, encoder_width=encoder_width, contrastive_width=sizes.contrastive_width, dec_id=0
+            )
         assert language_width is not None
-        return Stage2Adapter(qformer, encoder_width, language_width)
+        return Stage2Adapter(qformer, encoder_width=encoder_width, llm_width=language_width)
 
 
 def filled_adapter(imported: Imported) -> Stage1Adapter | Stage2Adapter:

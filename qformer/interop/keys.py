@@ -8,11 +8,9 @@ of transformers' Blip2 and InstructBlip classes.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
-
-from qformer.config import Stage1Config, Stage2Config
 
 OUR_BLOCK = re.compile(r"qformer\.blocks\.(\d+)\.(.+)")
 
@@ -40,7 +38,7 @@ class Report(NamedTuple):
 class Imported(NamedTuple):
     """Another library's checkpoint as one of our adapters: its config, its tensors by our names, and what became of each."""
 
-    config: Stage1Config | Stage2Config
+    config: Any
     tensors: dict[str, Tensor]
     report: Report
 

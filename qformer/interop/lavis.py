@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qformer.config import ConfigError, Stage1Config, Stage2Config, load_config
+from qformer.config import ConfigError, Stage1Part, Stage2Part, load_config
 from qformer.interop.eva import save_as_blip2
 from qformer.interop.frozen import empty_adapter, encoder_width, language_width, text_vocabulary
 from qformer.interop.keys import Imported, lavis
@@ -101,7 +101,7 @@ def import_tensors(
             "name the encoder that it was trained with (BLIP-2: configs/encoder/eva_g.yaml, 1408)"
         )
     llm_width = len(tensors[f"{projection}.weight"]) if projection else None
-    if isinstance(config, Stage2Config) and (named := language_width(config.llm)) != llm_width:
+    if projection and (named := language_width(config.llm)) != llm_width:
         raise ValueError(
             f"llm.id={config.llm.id!r} is {named} wide, but {source} projects to {llm_width} columns ({projection}); "
             "name the language model that it was trained with"
@@ -155,16 +155,13 @@ def infer_sizes(tensors: Mapping[str, Tensor], source: str) -> dict[str, int]:
 def _config(
     tensors: Mapping[str, Tensor], source: str, arguments: list[str], projection: str | None, sizes: dict[str, int],
     encoder_folder: Path | None,
-) -> Stage1Config | Stage2Config:  # fmt: skip
-    """The named frozen parts with the sizes found; numbers that only training reads are placeholders."""
-    before = [
-        "run.dir=runs/imported", "train.max_steps=1", "train.global_batch_size=1", "train.micro_batch_size=1",
-        "optim.warmup_steps=0", f"data.max_text_tokens={min(32, sizes.get('max_text_positions', 32))}",
-        *(f"qformer.{key}={value}" for key, value in sizes.items()),
-    ]  # fmt: skip
-    root: Any = Stage1Config
+) -> Any:  # fmt: skip
+    """The named frozen parts with the sizes that the tensors show."""
+    before = [f"qformer.{key}={value}" for key, value in sizes.items()]
+    before += [f"qformer.max_text_tokens={min(32, sizes.get('max_text_positions', 32))}"]
+    root: Any = Stage1Part
     if projection:
-        root = Stage2Config
+        root = Stage2Part
         before += [f"stage2.instructed={str(WORDS in tensors).lower()}"]
         # LAVIS runs every T5 with the exact gelu in place of its own activation.
         before += ["llm.activation=gelu"] if projection == "t5_proj" else []
@@ -173,7 +170,7 @@ def _config(
         before += ["encoder.loader=transformers", f"encoder.id='{encoder_folder}'", "encoder.block=-1"]
     what = f"stage 2 ({projection})" if projection else "stage 1 (without a language projection)"
     try:
-        config = load_config(root, [*before, f"data.train=['(imported from {Path(source).name})']", *arguments])
+        config = load_config(root, [*before, *arguments])
     except ConfigError as error:
         raise ValueError(f"{source} is of {what}: {error}") from None
     for key, value in sizes.items():

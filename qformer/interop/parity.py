@@ -22,13 +22,13 @@ from transformers import (
 from qformer.data import ImageTransform
 from qformer.interop.cards import REST
 from qformer.language import FrozenLanguageModel
-from qformer.models import Stage1Model, Stage2Model
+from qformer.models import Stage1, Stage2
 from qformer.text import PROMPTS, encode
 
 TOLERANCE = 1e-4  # largest absolute difference of any output, float32
 TEXT = PROMPTS["caption"]  # what is read beside the picture
 
-Model = Stage1Model | Stage2Model
+Model = Stage1 | Stage2
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def run_ours(model: Model, picture: Image.Image) -> tuple[Tensor, dict[str, Tens
         else:
             transform = ImageTransform(given.size, given.mean, given.std, given.interpolation)
             features = model.encoder(transform.apply(picture)[None].to(device))
-        if isinstance(model, Stage2Model):
+        if model.name == "stage2":
             visual_prompt = model.visual_prompt(features, [TEXT])
             found = {"visual prompt": visual_prompt, "logits": _logits(model.llm, visual_prompt)}
         else:
@@ -86,12 +86,12 @@ def run_whole(model: Model, folder: Path, picture: Image.Image) -> dict[str, Ten
     """
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     inputs: dict[str, Any] = dict(processor(images=picture, text=TEXT, return_tensors="pt"))
-    auto: Any = Blip2ForImageTextRetrieval if isinstance(model, Stage1Model) else AutoModelForImageTextToText
+    auto: Any = Blip2ForImageTextRetrieval if model.name == "stage1" else AutoModelForImageTextToText
     theirs, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if bad := [str(n) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for n in info[kind]]:
         raise ValueError(f"{type(theirs).__name__} cannot hold this model: {len(bad)} tensors do not fit, as {bad[0]}")
     theirs.eval()
-    if isinstance(model, Stage1Model):
+    if model.name == "stage1":
         matching = theirs(**inputs, use_image_text_matching_head=True).logits_per_image
         return {"similarity": theirs(**inputs).logits_per_image, "matching logits": matching}
     seen = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
@@ -123,7 +123,7 @@ def run_qformer(model: Model, folder: Path, features: Tensor) -> dict[str, Tenso
         positions = rest["embeddings.position_embeddings.weight"][: ids.shape[1]]
         words = rest["embeddings.word_embeddings.weight"][ids] + positions
     both = run(torch.cat([queries, words], 1), n_queries)[:, :n_queries]
-    if isinstance(model, Stage2Model):
+    if model.name == "stage2":
         return {"visual prompt": linear("language_projection", both)}
     images = F.normalize(linear("vision_projection", run(queries, n_queries)), dim=-1)
     text = F.normalize(linear("text_projection", run(words, 0)[:, 0]), dim=-1)

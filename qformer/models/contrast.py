@@ -1,12 +1,7 @@
-"""Pictures against captions: the contrastive loss and the hard negatives of every row of a contrastive batch.
+"""Images against captions: the contrastive loss, and the hard negatives of every row of a contrastive batch.
 
-A contrastive batch is one micro-batch of each rank, or several of each (`stage1.itc_batch_size`). Its rows are counted as
-`gather` lays them out: those of rank 0 first, and a rank's micro-batches one after the other.
-
-Several micro-batches take two passes, since all embeddings are needed before any has its gradient. The first keeps only
-the embeddings, and finds the loss and its gradient with respect to them; the second embeds each micro-batch again, with
-the same dropout, and goes back from there. Loss and gradient are those of the batch in one piece.
-Source: GradCache (arXiv 2101.06983), section 3.2.
+A contrastive batch is one micro-batch of each rank, or several of each (`stage1.itc_batch_size`, see gradcache.py). Its
+rows are counted as `gather` lays them out: those of rank 0 first, and a rank's micro-batches one after the other.
 """
 
 import hashlib
@@ -27,7 +22,7 @@ Text = tuple[Tensor, Tensor]  # int64[B, T] ids, bool[B, T] whether they are tok
 
 
 class Negatives(NamedTuple):
-    """A caption and an image of another picture for each of B rows, as rows of the contrastive batch."""
+    """A caption and an image of another pair for each of B rows, as rows of the contrastive batch."""
 
     text: Tensor  # int64[B]
     has_text: Tensor  # bool[B]: is there any?
@@ -36,7 +31,7 @@ class Negatives(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """What comparing all rows finds, for B of them."""
+    """What comparing all rows yields, for B of them."""
 
     itc: Tensor
     accuracy: Tensor
@@ -44,7 +39,7 @@ class Contrast(NamedTuple):
     pairs: Tensor  # float[]: pairs that matching counts, mean over ranks and micro-batches
 
 
-class Pool(NamedTuple):
+class NegativeBank(NamedTuple):
     """What this rank's rows of a contrastive batch hold for others, as long as the longest of any rank."""
 
     tokens: Tensor  # float[B, N, Dv], frozen features
@@ -52,13 +47,13 @@ class Pool(NamedTuple):
     text: Tensor  # int64[B, T, 2]: ids, and whether they are tokens
 
     @staticmethod
-    def of(features: Sequence[Features], texts: Sequence[Text]) -> "Pool":
+    def of(features: Sequence[Features], texts: Sequence[Text]) -> "NegativeBank":
         """Of the rows of one or more micro-batches."""
         tokens, text = _join([x.tokens for x in features]), _join([torch.stack(x, 2) for x in texts])
         masks = [x.mask.byte() for x in features if x.mask is not None]
         if not masks:  # as many tokens on every rank
-            return Pool(tokens, None, pad_to_longest(text, 1))
-        return Pool(pad_to_longest(tokens, 1), pad_to_longest(_join(masks), 1), pad_to_longest(text, 1))
+            return NegativeBank(tokens, None, pad_to_longest(text, 1))
+        return NegativeBank(pad_to_longest(tokens, 1), pad_to_longest(_join(masks), 1), pad_to_longest(text, 1))
 
     def fetch(self, negatives: Negatives) -> tuple[Features, Text]:
         """The negatives, whichever rank holds them."""
@@ -72,69 +67,29 @@ class Pool(NamedTuple):
         return features, (ids, text_mask.bool())
 
 
-class Share(NamedTuple):
-    """What the first of two passes leaves a micro-batch of B rows for the second."""
-
-    features: Features
-    contrast: Contrast
-    gradients: tuple[Tensor, Tensor, Tensor]  # of ITC with respect to image and text embeddings and the temperature
-    pool: Pool
-    dropout_seed: int
-
-    def itc(self, image_embeds: Tensor, text_embeds: Tensor, temperature: Tensor) -> Tensor:
-        """ITC of the whole contrastive batch, with this micro-batch's part of its gradient."""
-        embedded = (image_embeds, text_embeds, temperature)
-        linear = torch.stack([(x * g).sum() for x, g in zip(embedded, self.gradients, strict=True)]).sum()
-        return self.contrast.itc + (linear - linear.detach())
-
-
 def contrast(
-    image_embeds: Tensor, text_embeds: Tensor, temperature: Tensor, picture: Tensor, label_smoothing: float,
+    image_embeds: Tensor, text_embeds: Tensor, temperature: Tensor, image_key: Tensor, *, label_smoothing: float,
     noise_seed: int, micro_batches: int = 1,
 ) -> Contrast:  # fmt: skip
     """Compare this rank's rows of a contrastive batch with those of all ranks, in float32 also under autocast.
 
     Args:
         image_embeds, text_embeds: float[B, Q, E], float[B, E] of unit length.
-        picture: int64[B], equal for captions of the same picture; those are no negatives of each other.
+        image_key: int64[B], equal for captions of the same image; those are no negatives of each other.
         noise_seed: seed of the negatives drawn; the same on all ranks.
         micro_batches: how many the rows come from; their scores are then not kept but computed again for the gradient.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
-        same, texts = picture[:, None] == gather(picture)[None, :], gather(text_embeds, gradient=True)
+        same, texts = image_key[:, None] == gather(image_key)[None, :], gather(text_embeds, gradient=True)
         score = similarity if micro_batches == 1 else partial(checkpoint, similarity, use_reentrant=False)
         i2t = torch.cat([score(rows, texts) for rows in image_embeds.chunk(micro_batches)]) / temperature
-        t2i = transpose_over_ranks(i2t)  # every pair is scored once, where its picture is: queries never cross ranks
+        t2i = transpose_over_ranks(i2t)  # every pair is scored once, where its image is: queries never cross ranks
         itc = (itc_loss(i2t, same, label_smoothing) + itc_loss(t2i, same, label_smoothing)) / 2
     noise = draw_noise(len(same), micro_batches, noise_seed).to(same.device)
     negatives = Negatives(*draw_hard_negatives(i2t, same, noise[1]), *draw_hard_negatives(t2i, same, noise[0]))
     pairs = len(same) + negatives.has_text.sum() + negatives.has_image.sum()
-    found = [same.gather(1, scores.argmax(1, keepdim=True)).float().mean() for scores in (i2t, t2i)]
-    return Contrast(itc, (found[0] + found[1]) / 2, negatives, sum_over_ranks(pairs) / (world_size() * micro_batches))
-
-
-def contrast_apart(
-    features: Sequence[Features], texts: Sequence[Text], embeds: Sequence[tuple[Tensor, Tensor]], temperature: Tensor,
-    picture: Tensor, label_smoothing: float, noise_seed: int, dropout_seeds: Sequence[int],
-) -> list[Share]:  # fmt: skip
-    """Compare the rows of this rank's k micro-batches, embedded without gradient: what each needs for the second pass.
-
-    The mean of the k losses of the second pass is the loss of the whole.
-    """
-    k = len(features)
-    embedded = (torch.cat([image for image, _ in embeds]), torch.cat([text for _, text in embeds]), temperature)
-    leaves = images, words, divisor = tuple(x.detach().requires_grad_() for x in embedded)
-    found = contrast(images, words, divisor, picture, label_smoothing, noise_seed, k)
-    of_images, of_texts, of_temperature = torch.autograd.grad(found.itc, leaves)
-    found, pool = found._replace(itc=found.itc.detach()), Pool.of(features, texts)
-    shares, rows = [], len(picture) // k
-    for i, seed in enumerate(dropout_seeds):
-        own = slice(i * rows, (i + 1) * rows)
-        tokens = pool.tokens[own, : features[i].tokens.shape[1]]  # they lie in memory once
-        contrasted = found._replace(negatives=Negatives(*(x[own] for x in found.negatives)))
-        gradients = (of_images[own] * k, of_texts[own] * k, of_temperature)
-        shares.append(Share(features[i]._replace(tokens=tokens), contrasted, gradients, pool, seed))
-    return shares
+    right = [same.gather(1, scores.argmax(1, keepdim=True)).float().mean() for scores in (i2t, t2i)]
+    return Contrast(itc, (right[0] + right[1]) / 2, negatives, sum_over_ranks(pairs) / (world_size() * micro_batches))
 
 
 def draw_noise(rows: int, micro_batches: int, seed: int) -> Tensor:
@@ -145,12 +100,12 @@ def draw_noise(rows: int, micro_batches: int, seed: int) -> Tensor:
     """
     ranks = world_size()
     place = torch.arange(ranks * rows).view(micro_batches, ranks, -1).transpose(0, 1).flatten()
-    generator, own = torch.Generator(), place.view(ranks, rows)[rank()].tolist()
-    drawn = [torch.rand(2, ranks * rows, generator=generator.manual_seed(seed + row)) for row in own]
+    generator, mine = torch.Generator(), place.view(ranks, rows)[rank()].tolist()
+    drawn = [torch.rand(2, ranks * rows, generator=generator.manual_seed(seed + row)) for row in mine]
     return torch.stack(drawn, 1)[..., place]
 
 
-def picture_ids(image_ids: list[str]) -> Tensor:
+def image_keys(image_ids: list[str]) -> Tensor:
     """int64[B], equal where the ids are equal, so that they can be compared across ranks."""
     digests = [hashlib.blake2b(i.encode(), digest_size=8).digest() for i in image_ids]
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])

@@ -1,0 +1,149 @@
+"""Stage 2, generative learning: the Q-Former learns to prompt a frozen language model, by that model's own loss.
+
+Source: BLIP-2 (arXiv 2301.12597), section 3.3.
+"""
+
+from typing import Any, Literal, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from qformer.data import Batch
+from qformer.encoders import Features, FrozenEncoder
+from qformer.language import FrozenLanguageModel
+from qformer.metrics.queries import mean_cosine
+from qformer.models.batch import TextTokens, split_prefix, tokenize
+from qformer.models.stage import Output, Prepared, Stage
+from qformer.qformer import QFormer
+
+
+class PromptsAndTargets(NamedTuple):
+    """What the language model is given of each row beside the visual prompt, and what it is to say."""
+
+    prompts: list[str]
+    targets: list[str]
+
+
+class Stage2Adapter(nn.Module):
+    """All that stage 2 trains: feature norm, Q-Former, and the projection to the language model's width.
+
+    A Q-Former with a text side is an instructed one: it reads the prompt beside its queries.
+    Source: InstructBLIP (arXiv 2305.06500), section 2.3.
+
+    Args:
+        encoder_width, llm_width: Dv of the frozen features, Dl of the language model.
+        feature_norm_eps: of the LayerNorm on the features.
+    """
+
+    def __init__(
+        self, qformer: QFormer, *, encoder_width: int, llm_width: int, feature_norm_eps: float = 1e-5
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.feature_norm = nn.LayerNorm(encoder_width, eps=feature_norm_eps)
+        self.qformer = qformer
+        if (unread := qformer.layers[-1].text_ffn) is not None:
+            unread.requires_grad_(False)  # of the last layer only the queries are read: no gradient would ever come
+        self.language_projection = nn.Linear(qformer.width, llm_width)
+
+    def forward(
+        self, features: Tensor, image_mask: Tensor | None, text: TextTokens | None = None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Frozen features float[B, N, Dv], bool[B, N] | None -> visual prompt float[R, Q, Dl], query output float[R, Q, D].
+
+        Args:
+            text: the prompts of an instructed Q-Former, R of them; None for any other.
+            rows: int64[R], the image of each row, so that one under several prompts is projected once; None = 0 .. B-1.
+        """
+        assert (text is None) == (self.qformer.vocab_size is None), "an instructed Q-Former takes a text, others none"
+        images = self.qformer.project_images(features, image_mask, self.feature_norm, once=text is None or rows is None)
+        if text is None:
+            output = self.qformer.query_pass(images).output
+            visual_prompt = self.language_projection(output)
+            return (visual_prompt, output.detach()) if rows is None else (visual_prompt[rows], output.detach()[rows])
+        images = images if rows is None else images.select(rows)
+        output = self.qformer.matching_pass([images], text.ids, text.mask)
+        return self.language_projection(output), output.detach()
+
+
+@final
+class Stage2(Stage[PromptsAndTargets]):
+    """A frozen encoder, stage 2's adapter and a frozen language model.
+
+    The forward pass of a micro-batch:
+
+    1. encode the images, without gradient (or read them from the feature cache): `image_features` float[B, N, Dv];
+    2. `feature_norm`, and keys and values for every cross-attention layer;
+    3. query pass of the Q-Former, beside the prompt where it is instructed: `query_output` float[B, Q, D];
+    4. `language_projection`: `visual_prompt` float[B, Q, Dl];
+    5. the frozen language model reads visual prompt, prompt and target, and predicts the target.
+
+    Args:
+        prompt: text before every caption in training; not in the loss.
+        max_target_tokens: tokens of a caption that the loss covers.
+        sample_max_new_tokens: longest caption that validation shows.
+        tokenizer: BERT tokenizer of an instructed Q-Former; None for any other.
+    """
+
+    name: Literal["stage2"] = "stage2"
+    adapter: Stage2Adapter
+    transferred: Any = None  # checkpoint.Transfer: what stage 1's adapter gave this one
+
+    def __init__(
+        self, encoder: FrozenEncoder, adapter: Stage2Adapter, llm: FrozenLanguageModel, *, prompt: str = "",
+        max_target_tokens: int = 32, sample_max_new_tokens: int = 30, tokenizer: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.encoder, self.adapter, self.llm = encoder, adapter, llm
+        self.prompt, self.max_target_tokens, self.tokenizer = prompt, max_target_tokens, tokenizer
+        self.sample_max_new_tokens = sample_max_new_tokens
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, "llm": self.llm.model}
+
+    def use_training_kernels(self, device: torch.device, mixed_precision: str) -> None:
+        self.llm.use_training_kernels(device, mixed_precision)
+
+    def visual_prompt(self, features: Features, prompts: list[str], rows: Tensor | None = None) -> Tensor:
+        """float[R, Q, Dl] of a frozen encoder's features and R prompts, which only an instructed Q-Former reads.
+
+        Args:
+            rows: int64[R], the image of each prompt; None = one each.
+        """
+        return self._ask_queries(features, prompts, rows=rows)[0]
+
+    def _ask_queries(
+        self, features: Features, prompts: list[str], adapter: nn.Module | None = None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        device = next(self.adapter.parameters()).device
+        text = None if self.tokenizer is None else tokenize(self.tokenizer, prompts, device)
+        output: tuple[Tensor, Tensor] = (adapter or self.adapter)(features.tokens, features.mask, text, rows)
+        return output
+
+    def prepare(self, batch: Batch, seed: int) -> Prepared[PromptsAndTargets]:
+        """Choose prompts and targets: the caption after the prompt, or for an encoder-decoder its two parts."""
+        pairs = [split_prefix(text, seed) if self.llm.is_encoder_decoder else ("", text) for text in batch.texts]
+        prompts = [f"{self.prompt} {prefix}".strip() for prefix, _ in pairs]
+        targets = [target for _, target in pairs]
+        counted = self.llm.count_target_tokens(prompts, targets, max_target_tokens=self.max_target_tokens)
+        return Prepared(batch, PromptsAndTargets(prompts, targets), counted, seed)
+
+    def forward(
+        self, prepared: Prepared[PromptsAndTargets], targets_per_rank: Tensor, adapter: nn.Module | None = None
+    ) -> Output:  # fmt: skip
+        prompts, targets = prepared.text
+        features = self.encoder(prepared.batch.images, prepared.batch.image_mask)
+        visual_prompt, query_output = self._ask_queries(features, prompts, adapter)
+        lm = self.llm.loss(visual_prompt, prompts, targets, max_target_tokens=self.max_target_tokens)
+        loss = lm.total / targets_per_rank
+        return Output(loss, {"lm": loss.detach(), "query_output_cosine": mean_cosine(query_output)})
+
+    def sample(self, prepared: Prepared[PromptsAndTargets], count: int = 4) -> list[dict[str, str]]:
+        batch = prepared.batch
+        mask = None if batch.image_mask is None else batch.image_mask[:count]
+        prompts = [self.prompt] * len(batch.images[:count])
+        visual_prompt = self.visual_prompt(self.encoder(batch.images[:count], mask), prompts)
+        with torch.autocast(visual_prompt.device.type, enabled=False):
+            texts = self.llm.generate(
+                visual_prompt.float(), prompts, num_beams=1, max_new_tokens=self.sample_max_new_tokens
+            )
+        return [{"generated": g, "caption": c} for g, c in zip(texts, batch.texts, strict=False)]
