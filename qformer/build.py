@@ -343,7 +343,7 @@ def _require_covered(records: Records, features: FeatureCache, split: str) -> No
     unknown = sorted(i for i in ids if i not in features and i not in features.broken)
     if unknown:
         raise ValueError(
-            f"data.{split}: {len(unknown)} of {len(ids)} pictures looked at are not in data.features={features.folder}, "
+            f"data.{split}: {len(unknown)} of {len(ids)} images looked up are not in data.features={features.folder}, "
             f"the first: {unknown[0]}; image_ids are relative to data.root, or to the folder that all of data.train and "
             "data.validation lie in: set data.root to what it was then, or write a cache of these records"
         )

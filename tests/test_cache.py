@@ -186,7 +186,7 @@ def test_a_mismatch_is_shown_line_by_line(tiny, pictures, cache, tmp_path, capsy
     (tmp_path / "cache").mkdir()
     assert "is no feature cache" in said(capsys, 1, tiny.stage1(tmp_path, *over(pictures, tmp_path / "cache"), *PLAIN))
     others = said(capsys, 1, [*tiny.stage1(tmp_path, *PLAIN, f"data.features={cache}")])  # tiny's own records
-    assert "data.train: 23 of 23 pictures looked at are not in data.features" in others
+    assert "data.train: 23 of 23 images looked up are not in data.features" in others
     again = said(
         capsys, "cache_features", [*tiny.stage1(tmp_path, *over(pictures, cache)), "--crops", "1", "train.seed=5"]
     )

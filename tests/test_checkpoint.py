@@ -61,7 +61,7 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
 
 def save(run_dir, number=3, keep=2, state=None):
     adapter, optimizer = trained(steps=number)
-    return save_checkpoint(run_dir, number, adapter, optimizer, state or {"dropped": 1}, "a: 1\n", keep)
+    return save_checkpoint(run_dir, number, adapter, optimizer, state=state or {"dropped": 1}, config="a: 1\n", keep=keep)
 
 
 # ---- round trips ----
@@ -70,7 +70,7 @@ def save(run_dir, number=3, keep=2, state=None):
 def test_checkpoint_round_trip_and_the_next_step_are_bit_identical(tmp_path):
     adapter, optimizer = trained()
     state = {"dropped": 2, "window": {"itc": 0.1 + 0.2, "count": 3.0}}
-    folder = save_checkpoint(tmp_path, 3, adapter, optimizer, state, "a: 1\n", keep=2)
+    folder = save_checkpoint(tmp_path, 3, adapter, optimizer, state=state, config="a: 1\n", keep=2)
     assert folder == tmp_path / "checkpoints" / "step-3"
     again, its_optimizer = trained(seed=9, steps=1)
     assert load_checkpoint(folder, again, its_optimizer) == {"format_version": "1", "step": 3, **state}
@@ -84,7 +84,7 @@ def test_checkpoint_round_trip_and_the_next_step_are_bit_identical(tmp_path):
 
 def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
     adapter, optimizer = trained(steps=0)
-    folder = save_checkpoint(tmp_path, 0, adapter, optimizer, {}, "", keep=1)
+    folder = save_checkpoint(tmp_path, 0, adapter, optimizer, state={}, config="", keep=1)
     again, its_optimizer = trained(seed=9, steps=0)
     load_checkpoint(folder, again, its_optimizer)
     step(adapter, optimizer)

@@ -59,7 +59,7 @@ class Toy(Stage[torch.Tensor]):
 @pytest.fixture
 def toy(tiny, monkeypatch):
     monkeypatch.setitem(build.STAGES, "toy", (ToyConfig, Toy))
-    return lambda run_dir, *more: load_config(ToyConfig, tiny.stage1(run_dir, "optim.lr=0.05", *more))
+    return lambda run_dir, *more: load_config(ToyConfig, [*tiny.stage1(run_dir)[1:], "optim.lr=0.05", *more])
 
 
 def run(config) -> bool:

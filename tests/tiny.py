@@ -46,10 +46,11 @@ class Tiny:
     features: Path  # 24 feature files of 24 columns, 3 to 7 rows
 
     def stage1(self, run_dir: Path, *more: str) -> list[str]:
-        return [*self._data(run_dir), *QFORMER, *TRAINING, *more]
+        return ["stage=stage1", *self._data(run_dir), *QFORMER, *TRAINING, *more]
 
     def stage2(self, run_dir: Path, *more: str) -> list[str]:
-        return [*self._data(run_dir), *QFORMER, *TRAINING, f"llm.id={self.opt}", "llm.caption_max_new_tokens=3", *more]
+        llm = [f"llm.id={self.opt}", "llm.caption_max_new_tokens=3"]
+        return ["stage=stage2", *self._data(run_dir), *QFORMER, *TRAINING, *llm, *more]
 
     def on_features(self) -> list[str]:
         """Arguments that put the feature files in the pictures' place."""

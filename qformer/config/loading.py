@@ -72,7 +72,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{folder} is no run, checkpoint or adapter folder: it has no config.yaml")
+        raise ConfigError(f"{folder} is no adapter, checkpoint or run folder: it has no config.yaml")
     values = cast(dict[str, Any], OmegaConf.to_container(_moved(_fragment(str(path)))))
     return values if "stage" in values else {"stage": "stage2" if "stage2" in values else "stage1", **values}
 
@@ -242,6 +242,8 @@ def _moved(fragment: Any) -> Any:
             section, name = before.split(".")
             fragment = OmegaConf.merge(fragment, OmegaConf.from_dotlist([f"{now}={value}"]))
             del fragment[section][name]
+            if not fragment[section]:
+                del fragment[section]
     return fragment
 
 
