@@ -61,7 +61,9 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
 
 def save(run_dir, number=3, keep=2, state=None):
     adapter, optimizer = trained(steps=number)
-    return save_checkpoint(run_dir, number, adapter, optimizer, state=state or {"dropped": 1}, config="a: 1\n", keep=keep)
+    return save_checkpoint(
+        run_dir, number, adapter, optimizer, state=state or {"dropped": 1}, config="a: 1\n", keep=keep
+    )
 
 
 # ---- round trips ----
