@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from qformer.bert import initialise_from_bert, load_tokenizer
 from qformer.checkpoint import IDENTITY, load_strictly, read_adapter, require_same_parts, transfer
 from qformer.config import (
     DataConfig,
@@ -39,7 +39,6 @@ from qformer.tuning import LLM_LORA, add_trainable, parts_beside, require_learnt
 
 logger = logging.getLogger(__name__)
 
-DEC = "[DEC]"
 COVERAGE_RECORDS = 4096  # looked up in a feature cache before training; the rest is when it is read
 
 
@@ -80,29 +79,8 @@ def build_language_model(config: LlmConfig) -> FrozenLanguageModel:
 
 
 def build_tokenizer(config: QFormerConfig) -> Any:
-    """The BERT tokenizer of the Q-Former's text side, with [DEC] added as its `bos_token`.
-
-    Raises: ValueError when it cannot be loaded or has no [CLS], [SEP] or padding.
-    """
-    name, subfolder = config.tokenizer, ""
-    if (
-        not Path(name).is_dir() and name.count("/") == 2
-    ):  # a folder inside a repository of the hub, as InstructBLIP has it
-        name, _, subfolder = name.rpartition("/")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"qformer.tokenizer={config.tokenizer!r} cannot be loaded ({' '.join(str(error).split())[:160]}); "
-            "give a folder, or a hub id that can be reached"
-        ) from None
-    for token in ("cls_token", "sep_token", "pad_token"):
-        if getattr(tokenizer, token) is None:
-            raise ValueError(
-                f"qformer.tokenizer={config.tokenizer!r} has no {token}; a BERT-shaped tokenizer is needed"
-            )
-    tokenizer.add_special_tokens({"bos_token": DEC})
-    return tokenizer
+    """The BERT tokenizer of the Q-Former's text side; raises as `load_tokenizer` does."""
+    return load_tokenizer(config.tokenizer, config.vocab_size)
 
 
 def build_qformer(
@@ -118,7 +96,7 @@ def build_qformer(
         encoder_width=encoder_width,
         cross_attention_frequency=config.cross_attention_frequency,
         dropout=config.dropout,
-        vocab_size=vocab_size,
+        vocab_size=None if vocab_size is None else config.vocab_size or vocab_size,
         max_text_positions=config.max_text_positions,
         init_std=config.init_std,
         recompute_ffn=recompute_ffn,
@@ -163,8 +141,6 @@ def build_stage1(config: Stage1Part) -> Stage1:
         require_learnt_parts(adapter, tensors, source)
         load_strictly(adapter, {**parts_beside(adapter), **tensors}, source)
     elif run and qformer.init_from:
-        from qformer.interop.bert import initialise_from_bert
-
         initialise_from_bert(adapter, qformer.init_from)
     return model
 

@@ -29,8 +29,8 @@ class Lora(Shared):
     """The matrices of a LoRA, shared with the model that they were put into, under the names of PEFT's files."""
 
     def __init__(self, peft_model: Any) -> None:
-        found = {n: p for n, p in peft_model.named_parameters() if ".lora_" in n}
-        super().__init__({name.replace(".default.", "."): p for name, p in found.items()})
+        matrices = {n: p for n, p in peft_model.named_parameters() if ".lora_" in n}
+        super().__init__({name.replace(".default.", "."): p for name, p in matrices.items()})
         self._peft_model = (peft_model,)  # in a tuple, so that the whole model is no child of this one
 
     def save_pretrained(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
+from qformer.card import model_card
 from qformer.checkpoint import changed_keys, load_checkpoint, require_same_parts, save_adapter, save_checkpoint
 from qformer.config import Stage1Config, Stage2Config, only_model, to_yaml
 from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed, training_loader
@@ -342,19 +343,6 @@ def _agree(
     bad, stops, all_dropped, all_tokens, *sums = sum_over_ranks(mine).tolist()
     means = {name: value / accelerator.num_processes for name, value in zip(metrics, sums, strict=True)}
     return Agreed(bool(bad), bool(stops), int(all_dropped), all_tokens, means)
-
-
-def model_card(config: Config, step: int, dropped: int) -> str:
-    """README.md of an adapter folder."""
-    llm = "".join(f"- language model: `{part.id}`\n" for name, part in config.frozen().items() if name == "llm")
-    return (
-        f"# qformer adapter, {config.stage.replace('stage', 'stage ')}\n\n"
-        f"Trainable tensors of a Q-Former between frozen models, after {step} steps of "
-        f"{config.train.global_batch_size} records; {dropped} broken records were replaced.\n\n"
-        f"- encoder: `{config.encoder.id}` ({config.encoder.loader}), block {config.encoder.block}\n{llm}"
-        f"- data: {', '.join(f'`{s}`' for s in config.data.train)}\n\n"
-        '```python\nimport qformer\nmodel = qformer.load("path/to/this/folder")\n```\n'
-    )
 
 
 def _accumulation(global_batch: int, micro: int, world: int) -> int:

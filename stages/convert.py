@@ -14,15 +14,13 @@ InstructBlipForConditionalGeneration, which stays the place of the frozen parts.
 import argparse
 import resource
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
+from qformer.card import converted_card, stage_name
 from qformer.checkpoint import save_adapter
-from qformer.config import load_config, to_yaml
+from qformer.config import to_yaml
 from qformer.files import atomic_folder
 from qformer.interop.frozen import filled_adapter
-from qformer.interop.keys import Imported
 from qformer.launch import reported_errors
 
 
@@ -47,44 +45,19 @@ def main(argv: list[str] | None = None) -> None:
         elif library == "transformers":
             from qformer.interop.blip2 import import_blip2
 
-            imported = import_blip2(source)
-            imported = imported._replace(config=_overridden(imported.config, args.config))
+            imported = import_blip2(source, args.config)
         else:
             raise ValueError(f"--from {library}: expected lavis or transformers")
 
         report = imported.report.lines(source)
         with atomic_folder(args.out) as scratch:
-            adapter, card = filled_adapter(imported), _card(imported, library, source)
-            save_adapter(scratch, adapter, to_yaml(imported.config), card)
+            card = converted_card(imported.config, library, source, imported.report.lines(library))
+            save_adapter(scratch, filled_adapter(imported), to_yaml(imported.config), card)
             if library == "lavis" and imported.config.encoder.id == str(encoder_folder):
                 save_encoder(Path(source), scratch / "encoder", args.encoder_heads)
-    print("\n".join([*report, f"{args.out} is an adapter of stage {_stage(imported.config)}"]))
+    print("\n".join([*report, f"{args.out} is an adapter of {stage_name(imported.config)}"]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"peak memory {peak / 1e9:.2f} GB")
-
-
-def _overridden(config: Any, arguments: list[str]) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        (path := Path(folder) / "config.yaml").write_text(to_yaml(config))
-        files = [str(path), *arguments]
-        return load_config(type(config), files)
-
-
-def _stage(config: Any) -> int:
-    return 2 if config.stage == "stage2" else 1
-
-
-def _card(imported: Imported, library: str, source: str) -> str:
-    """README.md of the adapter folder."""
-    config = imported.config
-    llm = f"- language model: `{config.llm.id}`\n" if config.stage == "stage2" else ""
-    return (
-        f"# qformer adapter, stage {_stage(config)}, converted from {library}\n\n"
-        "Trainable tensors of a Q-Former between frozen models.\n\n"
-        f"- source: `{source}`\n- encoder: `{config.encoder.id}` ({config.encoder.loader}), block {config.encoder.block}\n"
-        f"{llm}- " + "\n- ".join(imported.report.lines(library)) + "\n\n"
-        '```python\nimport qformer\nmodel = qformer.load("path/to/this/folder")\n```\n'
-    )
 
 
 if __name__ == "__main__":

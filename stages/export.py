@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             report = export(model, config, args.out, picture)
             print("\n".join(report.lines()))
         else:
-            from qformer.interop.export import write_visual_prompts
+            from qformer.interop.visual_prompts import write_visual_prompts
 
             if config.stage != "stage2":
                 raise ValueError(f"{args.adapter} is of stage 1; visual prompts need stage 2, with a language model")

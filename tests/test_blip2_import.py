@@ -29,6 +29,7 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from qformer.build import build_stage2
+from qformer.card import converted_card
 from qformer.checkpoint import save_adapter
 from qformer.config import LlmConfig, Stage2Config, Stage2Section, to_yaml
 from qformer.config.schema import RunConfig, TrainConfig
@@ -94,7 +95,7 @@ def write(folder: Path, model: Any, processor: Any, **options: Any) -> Any:
 def arrive(folder: Path, model: Any, processor: Any) -> Arrived:
     model = write(folder / "theirs", model, processor)
     imported = import_blip2(str(folder / "theirs"))
-    card = "a card"
+    card = converted_card(imported.config, "transformers", "theirs", imported.report.lines("theirs"))
     save_adapter(folder / "adapter", filled_adapter(imported), to_yaml(imported.config), card)
     return Arrived(model, processor, folder / "theirs", imported, load(folder / "adapter", "cpu"))
 
@@ -193,10 +194,10 @@ def test_retrieval_has_no_language_head_and_no_temperature(retrieval):
     config, tensors, report = retrieval.imported
     lm = ["lm_transform.weight", "lm_transform.bias", "lm_norm.weight", "lm_norm.bias", "lm_bias"]
     words = "qformer.word_embeddings.weight"
-    assert sorted(report.new) == sorted(["temperature", *lm, f"{words} from row {DEC + 1}"])
+    assert sorted(report.new) == sorted(["temperature", *lm])
     assert tensors["temperature"].item() == pytest.approx(0.07)
-    assert len(tensors[words]) == len(tensors["lm_bias"]) == DEC + 2  # the processor's <image> has no row in theirs
-    assert torch.equal(tensors[words][: DEC + 1], retrieval.theirs.embeddings.word_embeddings.weight)
+    assert len(tensors[words]) == len(tensors["lm_bias"]) == config.qformer.vocab_size == DEC + 1
+    assert torch.equal(tensors[words], retrieval.theirs.embeddings.word_embeddings.weight)
     assert config.qformer.tokenizer == config.encoder.id == str(retrieval.folder)
     assert {"the frozen encoder stays in its checkpoint"} == set(report.dropped.values())
 
@@ -391,7 +392,9 @@ def test_damaged_weights_are_refused(retrieval, tmp_path):
     refused(folder, "is no index of safetensors")
     (folder / "model.safetensors.index.json").unlink()
     weights.rename(folder / "pytorch_model.bin")
-    refused(folder, "has no model.safetensors; expected the weights as safetensors")
+    refused(folder, "pytorch_model.bin is no file of PyTorch, or a damaged one; expected what save_pretrained")
+    (folder / "pytorch_model.bin").unlink()
+    refused(folder, "has no model.safetensors and no pytorch_model.bin; expected the weights in one of them")
 
 
 def test_a_model_without_either_head_is_refused(retrieval, tmp_path):

@@ -350,19 +350,6 @@ def test_an_existing_folder_is_kept(toy, tmp_path, capsys):
     assert "--from laivs: expected lavis or transformers" in capsys.readouterr().err
 
 
-def test_arguments_override_what_transformers_says(toy, tmp_path, capsys, monkeypatch):
-    imported = import_lavis(*toy)
-    monkeypatch.setattr("qformer.interop.blip2.import_blip2", lambda source: imported)
-    arguments = ["--from", "transformers", "someone/blip2", "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit):
-        run("convert", [*arguments, "qformer.ffn_width=32"])
-    assert "the config does not fit the checkpoint (size mismatch for" in capsys.readouterr().err
-    run("convert", [*arguments, "data.max_text_tokens=11", "encoder.num_tokens=3"])
-    config = read_model_part(tmp_path / "out")
-    assert (config.qformer.max_text_tokens, config.encoder.num_tokens, config.encoder.width) == (11, 3, TOY["encoder"])
-    assert len(read_adapter(tmp_path / "out")) == len(imported.tensors)
-
-
 def test_help_helps(capsys):
     with pytest.raises(SystemExit) as stopped:
         run("convert", ["--help"])

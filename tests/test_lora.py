@@ -76,7 +76,7 @@ def test_what_learns_is_trained_and_loads_again(run, tiny, tmp_path):
     start, _ = build(tiny, stage, tmp_path, *more)
     model = qformer.load(folder / "adapter", device="cpu").model
     assert frozen(model) == frozen(start), "a frozen weight has changed"
-    assert {n for n, _ in model.adapter.named_children()} & set(tuning.BESIDE) == parts
+    assert {n for n, _ in model.adapter.named_children()} & set(tuning.EXTRA_TRAINABLE) == parts
     last = load_file(folder / "checkpoints/step-4/adapter.safetensors")
     assert digest(trainable_tensors(model.adapter)) == digest(last)
     first = load_file(folder / "checkpoints/step-2/adapter.safetensors")
@@ -150,7 +150,7 @@ def test_an_export_has_it_merged(tiny, tmp_path, stage, tune):
     before = _says(model, pixels)
     report = export(model, config, tmp_path / "out")
     assert "fits Blip2VisionModel" in report.why
-    assert not set(dict(model.adapter.named_children())) & set(tuning.BESIDE)
+    assert not set(dict(model.adapter.named_children())) & set(tuning.EXTRA_TRAINABLE)
     assert torch.allclose(before, _says(model, pixels), atol=1e-4)
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, OPTConfig, OPTForCausalLM
 
+from qformer.bert import initialise_from_bert
 from qformer.build import build_dataset, build_stage1, build_stage2
 from qformer.config import Stage1Config, Stage2Config, load_config
 from qformer.data import Batch, Draw, collate
-from qformer.interop.bert import initialise_from_bert
 from qformer.models import Output, Stage1, Stage2, split_prefix
 from qformer.models.contrast import image_keys
 from qformer.objectives import draw_hard_negatives

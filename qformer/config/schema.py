@@ -103,7 +103,10 @@ class EncoderConfig:
 @dataclass
 class QFormerConfig:
     init_from: str | None = _doc(None, "BERT-shaped model (hub id or folder) to start from; null = random")
-    tokenizer: str = _doc("bert-base-uncased", "BERT tokenizer: hub id or folder; gains [DEC]")
+    tokenizer: str = _doc(
+        "bert-base-uncased", "BERT tokenizer: hub id or folder; gains [DEC]; '' = none: no text is read"
+    )
+    vocab_size: int | None = _doc(None, "rows of the word embeddings, [DEC] included; null = one for every token")
     layers: int = _doc(12, "transformer layers", at_least=1)
     width: int = _doc(768, "hidden width D", at_least=1)
     heads: int = _doc(12, "attention heads H", at_least=1)
@@ -276,6 +279,7 @@ class Stage1Config(Stage1Part, RunPart):
         itc, train, stage1 = self.stage1.itc_batch_size, self.train, self.stage1
         return [
             *super().problems(),
+            (not self.qformer.tokenizer, "qformer.tokenizer: missing; stage 1 reads captions by it"),
             (stage1.itc + stage1.itm + stage1.itg <= 0, "stage1: one of itc, itm and itg must be above 0"),
             (itc is not None and self.tune.encoder != "no",
              f"tune.encoder={self.tune.encoder} with stage1.itc_batch_size: its two passes keep an encoder's features, which "
@@ -289,3 +293,10 @@ class Stage1Config(Stage1Part, RunPart):
 @dataclass
 class Stage2Config(Stage2Part, RunPart):
     """Stage 2: generative learning through a frozen language model."""
+
+    def problems(self) -> Problems:
+        missing = self.stage2.instructed and not self.qformer.tokenizer
+        return [
+            *super().problems(),
+            (missing, "qformer.tokenizer: missing; stage2.instructed=true reads prompts by it"),
+        ]

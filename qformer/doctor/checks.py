@@ -184,7 +184,7 @@ def check_beginning(case: Case) -> Verdict:
         config,
         case.encoder.width,
         None if case.llm is None else case.llm.width,
-        None if case.tokenizer is None else len(case.tokenizer),
+        None if case.tokenizer is None else config.qformer.vocab_size or len(case.tokenizer),
     )
     parameters = sum(p.numel() for p in adapter.parameters())
     text = f"{parameters / 1e6:.3g} M trainable parameters"

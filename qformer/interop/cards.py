@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from qformer.card import card
 from qformer.config import Stage2Part
-from qformer.interop.keys import Report
+from qformer.keys import Report
 from qformer.text import PROMPTS
 
 CARD, REST, VISUAL_PROMPTS = "README.md", "projection.safetensors", "visual_prompts.safetensors"
@@ -12,7 +13,7 @@ GENERATION = """
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained(".", backend="pil")  # resizes as ours does; torchvision is 1/255 off
+processor = AutoProcessor.from_pretrained(".", backend="pil")  # resizes as ours does, see above
 model = AutoModelForImageTextToText.from_pretrained(".")
 inputs = processor(images=Image.open("picture.png"), text="{prompt}", return_tensors="pt")
 ids = model.generate(**inputs, num_beams={beams}, max_new_tokens={tokens}, min_new_tokens={at_least}){without_prompt}
@@ -23,12 +24,34 @@ RETRIEVAL = """
 from PIL import Image
 from transformers import AutoProcessor, Blip2ForImageTextRetrieval
 
-processor = AutoProcessor.from_pretrained(".", backend="pil")  # resizes as ours does; torchvision is 1/255 off
+processor = AutoProcessor.from_pretrained(".", backend="pil")  # resizes as ours does, see above
 model = Blip2ForImageTextRetrieval.from_pretrained(".").eval()
 inputs = processor(images=Image.open("picture.png"), text="a photo of a cat", return_tensors="pt")
 print(model(**inputs).logits_per_image)  # cosine similarity
 print(model(**inputs, use_image_text_matching_head=True).logits_per_image.softmax(1))  # no match, match
 """
+
+UNTOKENIZED = """
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, {auto}
+
+processor = AutoImageProcessor.from_pretrained(".", backend="pil")  # resizes as ours does, see above
+model = {auto}.from_pretrained(".").eval()
+pixel_values = processor(images=Image.open("picture.png"), return_tensors="pt").pixel_values
+ids = torch.tensor([[0, 1, 2]])  # of the tokenizer that the Q-Former was trained with, which is not here
+{run}
+"""
+UNTOKENIZED_STAGE1 = (
+    "print(model(pixel_values=pixel_values, input_ids=ids, attention_mask=torch.ones_like(ids)).logits_per_image)"
+)
+UNTOKENIZED_STAGE2 = """visual_prompt = model.get_image_features(
+    pixel_values, qformer_input_ids=ids, qformer_attention_mask=torch.ones_like(ids)
+).pooler_output"""
+PROCESSOR = (
+    'images: `backend="pil"` resizes as ours does; transformers\' torchvision processor, the default where torchvision is '
+    "installed, differs from it by up to 8/255 a pixel on photographs"
+)
 
 QFORMER = """
 import torch
@@ -58,6 +81,10 @@ prompt_embeds = torch.cat([load_file("{file}")["{picture}"].to(words), words])
 ids = llm.generate(inputs_embeds=prompt_embeds[None], max_new_tokens={tokens})
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
+LORA = (
+    " The language model learnt too: it is asked with the LoRA in `llm_lora` "
+    '(`PeftModel.from_pretrained(llm, "llm_lora")`, vLLM: `--lora-modules`).'
+)
 SERVER = """
 A server of the language model that takes prompt embeddings (vLLM: `--enable-prompt-embeds`) is sent the same tensor:
 
@@ -88,7 +115,15 @@ def of_whole(
         code = GENERATION.format(prompt=_quoted(config.llm.prompt), without_prompt=without, **settings)
         question = config.llm.vqa_prompt or PROMPTS["vqa_encoder_decoder" if encoder_decoder else "vqa_decoder_only"]
         code += f'# a question: text="{_quoted(question.format("what is this?"))}"\n'
-    return _card(config, architecture, why, keys, differences, code)
+    return _card(config, architecture, why, keys, differences, code, True)
+
+
+def of_untokenized(
+    config: Any, architecture: str, why: str, keys: Report, differences: dict[str, float]
+) -> str:  # fmt: skip
+    """Card of a whole model whose Q-Former reads text and came without a tokenizer."""
+    run = UNTOKENIZED_STAGE2 if config.stage == "stage2" else UNTOKENIZED_STAGE1
+    return _card(config, architecture, why, keys, differences, UNTOKENIZED.format(auto=architecture, run=run), True)
 
 
 def of_qformer(
@@ -119,8 +154,8 @@ def of_qformer(
     return _card(config, architecture, why, keys, differences, code) + "\n" + after
 
 
-def of_visual_prompts(config: Stage2Part, encoder_decoder: bool, prompt: str, picture: str) -> str:
-    """Card of visual prompts, with a picture of theirs as the example."""
+def of_visual_prompts(config: Stage2Part, encoder_decoder: bool, prompt: str, picture: str, lora: bool = False) -> str:
+    """Card of visual prompts, with an image of theirs as the example; `lora`: the folder has one of the language model."""
     values = {"llm": config.llm.id, "tokens": config.llm.caption_max_new_tokens}
     auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
     code = PROMPT_EMBEDS.format(
@@ -128,27 +163,24 @@ def of_visual_prompts(config: Stage2Part, encoder_decoder: bool, prompt: str, pi
     )
     return (
         f"# Visual prompts for `{config.llm.id}`\n\n`{VISUAL_PROMPTS}` holds float32[{config.qformer.queries}, Dl] by "
-        "picture: what a Q-Former saw, in the language model's input space. Embedded text follows it: "
-        f"[visual prompt; text].\n\n```python{code}```\n" + ("" if encoder_decoder else SERVER.format(**values))
+        "image: what a Q-Former saw, in the language model's input space. Embedded text follows it: "
+        f"[visual prompt; text].{LORA if lora else ''}\n\n```python{code}```\n"
+        + ("" if encoder_decoder else SERVER.format(**values))
     )
 
 
 def _card(
     config: Any, architecture: str, why: str, keys: Report, differences: dict[str, float],
-    code: str,
+    code: str, whole: bool = False,
 ) -> str:  # fmt: skip
-    llm = [f"- language model: `{config.llm.id}`"] if config.stage == "stage2" else []
     far = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-    lines = [
-        f"# A Q-Former as transformers' {architecture}",
-        "",
-        f"- {why}",
-        f"- encoder: `{config.encoder.id}` ({config.encoder.loader}), block {config.encoder.block}",
-        *llm,
-        f"- largest difference to the adapter it was made from, on one picture in float32: {far}",
-        *(f"- {line}" for line in keys.lines("the adapter")),
+    facts = [
+        why,
+        f"largest difference to the adapter it was made from, on one image in float32: {far}",
+        *([PROCESSOR] if whole else []),
+        *keys.lines("the adapter"),
     ]
-    return "\n".join(lines) + f"\n\n```python{code}```\n"
+    return card(f"A Q-Former as transformers' {architecture}", config, facts, code)
 
 
 def _quoted(text: str) -> str:

@@ -20,7 +20,7 @@ from qformer.interop.vision import EVA, PATCHES, POSITIONS, DoesNotFit
 def save_as_blip2(
     eva: Mapping[str, Tensor], norm: Mapping[str, Tensor], folder: Path, source: str, heads: int | None = None
 ) -> None:
-    """Write EVA's weights as a Blip2VisionModel folder in float32, with LAVIS's preparation of pictures.
+    """Write EVA's weights as a Blip2VisionModel folder in float32, with LAVIS's preparation of images.
 
     Args:
         norm: weight and bias of the LayerNorm that follows (`ln_vision`); EVA itself ends without one.
@@ -29,13 +29,13 @@ def save_as_blip2(
     Raises: ValueError when it is no EVA, or `heads` do not divide its width.
     """
     try:
-        found = EVA.convert(eva)
+        tensors = EVA.convert(eva)
     except DoesNotFit as reason:
         raise ValueError(
             f"{source} holds an encoder (visual_encoder.*) that is not EVA's ViT: it {reason}; only EVA's is converted"
         ) from None
-    found |= {f"post_layernorm.{kind}": tensor for kind, tensor in norm.items()}
-    patches, positions = found[f"{PATCHES}.weight"], found[POSITIONS]
+    tensors |= {f"post_layernorm.{kind}": tensor for kind, tensor in norm.items()}
+    patches, positions = tensors[f"{PATCHES}.weight"], tensors[POSITIONS]
     width, patch = patches.shape[0], patches.shape[-1]
     heads = heads or width // (88 if width % 88 == 0 else 64) or 1
     if width % heads:
@@ -43,8 +43,8 @@ def save_as_blip2(
     side = math.isqrt(positions.shape[1] - 1) * patch
     config = Blip2VisionConfig(
         hidden_size=width,
-        intermediate_size=len(found["encoder.layers.0.mlp.fc1.bias"]),
-        num_hidden_layers=sum(name.endswith("layer_norm1.weight") for name in found),
+        intermediate_size=len(tensors["encoder.layers.0.mlp.fc1.bias"]),
+        num_hidden_layers=sum(name.endswith("layer_norm1.weight") for name in tensors),
         num_attention_heads=heads,
         image_size=side,
         patch_size=patch,
@@ -54,7 +54,7 @@ def save_as_blip2(
     )
     with torch.device("meta"):
         model = Blip2VisionModel(config)
-    model.load_state_dict({name: tensor.float() for name, tensor in found.items()}, assign=True)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     model.save_pretrained(folder)
     preparation = {
         "image_processor_type": "BlipImageProcessor",

@@ -6,8 +6,7 @@ Source: Blip2 and InstructBlip of transformers 5 (models, processors); what vLLM
 
 import copy
 import json
-import logging
-from collections.abc import Iterable
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
+    AddedToken,
     AutoTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -33,22 +33,28 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from qformer.bert import DEC, IMAGE, lacks_dec
 from qformer.checkpoint import trainable_tensors
-from qformer.config import Stage2Part
-from qformer.encoders import Features, FrozenEncoder
+from qformer.encoders import FrozenEncoder
 from qformer.files import atomic_folder
 from qformer.interop import cards
-from qformer.interop.cards import CARD, REST, VISUAL_PROMPTS
-from qformer.interop.keys import BLIP2, INSTRUCT_BLIP, Report
-from qformer.interop.parity import TOLERANCE, Model, difference, run_ours, run_qformer, run_whole
+from qformer.interop.cards import CARD, REST
+from qformer.interop.keys import BLIP2, INSTRUCT_BLIP
+from qformer.interop.parity import (
+    TOLERANCE,
+    Model,
+    difference,
+    ids_for_no_tokenizer,
+    run_ours,
+    run_qformer,
+    run_whole,
+)
 from qformer.interop.vision import Converted, DoesNotFit, to_blip2_vision
+from qformer.keys import Report
 from qformer.language import FrozenLanguageModel
-from qformer.models import Stage2
-from qformer.tuning import LLM_LORA, merge_into_frozen
+from qformer.lora import Lora
+from qformer.tuning import ENCODER, LLM_LORA, merge_into_frozen
 
-logger = logging.getLogger(__name__)
-
-IMAGE_TOKEN = "<image>"
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 Config = Any  # Stage1Part or Stage2Part, by its `stage`
@@ -92,7 +98,7 @@ class ExportReport(NamedTuple):
         ]
 
 
-def export(model: Model, config: Config, out: Path, picture: Image.Image | None = None) -> ExportReport:
+def export(model: Model, config: Config, out: Path, image: Image.Image | None = None) -> ExportReport:
     """Write a model as a folder of transformers, load it there and compare; nothing is left where outputs differ.
 
     Weights are stored in the dtype they have here, LoRAs merged into them (and so into `model`). The comparison holds both models at once, in float32.
@@ -100,30 +106,35 @@ def export(model: Model, config: Config, out: Path, picture: Image.Image | None 
     Args:
         model: on the CPU.
         config: the one that `model` was built from.
-        picture: what the comparison looks at; None = random pixels.
+        image: what the comparison looks at; None = random pixels.
 
     Raises: ValueError when `out` exists, or an output differs by more than TOLERANCE.
     """
     if out.exists():
         raise ValueError(f"{out} exists already; name a folder that does not, or remove it")
     side = 1 if model.encoder.input_transform is None else model.encoder.input_transform.size
-    if picture is None:
+    if image is None:
         pixels = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        picture = Image.fromarray(pixels.numpy())
+        image = Image.fromarray(pixels.numpy())
     encoder = f"the encoder ({config.encoder.loader} {config.encoder.id}".rstrip() + ")"
-    merge_into_frozen(model)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out) as folder, ids_for_no_tokenizer(model) as without_tokenizer:
+        learnt = _write_learnt(model, folder)
+        merge_into_frozen(model)
         try:
             converted: Converted | None = _fitting(model, encoder)
             why = f"the whole model, because {encoder} up to block {config.encoder.block} fits Blip2VisionModel"
         except DoesNotFit as reason:
             converted, why = None, f"the Q-Former alone, because {reason}"
         if converted:
-            architecture, keys = _write_whole(model, config, converted, folder)
+            for path in learnt:  # merged
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            architecture, keys = _write_whole(model, config, converted, folder, without_tokenizer)
         else:
-            architecture, keys = _write_qformer(model, config, folder)
-        features, ours = run_ours(model, picture)
-        theirs = run_whole(model, folder, picture) if converted else run_qformer(model, folder, features)
+            architecture, keys = _write_qformer(model, config, folder, without_tokenizer)
+            keys = keys._replace(notes=tuple(f"{path.name}: {note}" for path, note in learnt.items()))
+        keys = keys._replace(notes=(*keys.notes, *_notes_on_tokens(model, config, without_tokenizer)))
+        features, ours = run_ours(model, image)
+        theirs = run_whole(model, folder, image) if converted else run_qformer(model, folder, features)
         differences = {name: difference(ours[name], value) for name, value in theirs.items()}
         if not all(value <= TOLERANCE for value in differences.values()):  # a NaN fails too
             far = ", ".join(f"{name} by {value:.1e}" for name, value in differences.items())
@@ -137,44 +148,46 @@ def export(model: Model, config: Config, out: Path, picture: Image.Image | None 
                 f"{out} was not written: {architecture} of transformers differs from this adapter ({far}), expected at "
                 f"most {TOLERANCE}{hint}"
             )
-        told = (config, architecture, why, keys, differences)
-        if converted:
-            card = cards.of_whole(*told, model.name == "stage2" and model.llm.is_encoder_decoder)
+        facts = (config, architecture, why, keys, differences)
+        if not converted:
+            card = cards.of_qformer(*facts, model.encoder.width)
+        elif without_tokenizer:
+            card = cards.of_untokenized(*facts)
         else:
-            card = cards.of_qformer(*told, model.encoder.width)
+            card = cards.of_whole(*facts, model.name == "stage2" and model.llm.is_encoder_decoder)
         (folder / CARD).write_text(card)
     return ExportReport(architecture, why, keys, differences)
 
 
-def write_visual_prompts(
-    model: Stage2, config: Stage2Part, features: Iterable[tuple[str, Features]], prompt: str, out: Path
-) -> int:
-    """Write visual prompts float32[Q, Dl] by picture name, for a server of the unmodified language model; returns how many.
+def _write_learnt(model: Model, folder: Path) -> dict[Path, str]:
+    """Write what learnt beside the Q-Former, for where the models that it belongs to do not leave; what each path holds."""
+    learnt: dict[Path, str] = {}
+    for name, module in model.adapter.named_children():
+        if isinstance(module, Lora):
+            of = "language model" if name == LLM_LORA else "encoder"
+            module.save_pretrained(folder / name)
+            learnt[folder / name] = (
+                f"the LoRA that the {of} learnt with this Q-Former, which means little without it; "
+                f'peft: PeftModel.from_pretrained({of.replace(" ", "_")}, "{name}")'
+            )
+        elif name == ENCODER:
+            path = folder / f"{name}.safetensors"
+            save_file(trainable_tensors(module), path)
+            learnt[path] = "the weights that the encoder learnt with this Q-Former, by the names of its own library"
+    return learnt
 
-    Args:
-        features: name and frozen features (a batch of one) of each picture.
-        prompt: what an instructed Q-Former reads; the text to be sent after the visual prompt.
 
-    Raises: ValueError when `out` exists, or two pictures have one name.
-    """
-    if out.exists():
-        raise ValueError(f"{out} exists already; name a folder that does not, or remove it")
-    if LLM_LORA in dict(model.adapter.named_children()):
-        logger.warning(
-            "the language model learnt too: serve %s with the LoRA in the adapter's %s", config.llm.id, LLM_LORA
-        )
-    found: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for name, seen in features:
-            if name in found:
-                raise ValueError(f"{name} is named twice; expected every picture once")
-            found[name] = model.visual_prompt(seen, [prompt])[0].float().cpu().contiguous()
-    with atomic_folder(out) as folder:
-        save_file(found, folder / VISUAL_PROMPTS, metadata={"llm": config.llm.id, "prompt": prompt})
-        (folder / CARD).write_text(
-            cards.of_visual_prompts(config, model.llm.is_encoder_decoder, prompt, next(iter(found)))
-        )
-    return len(found)
+def _notes_on_tokens(model: Model, config: Config, without_tokenizer: bool) -> list[str]:
+    rows, name = model.adapter.qformer.vocab_size, config.qformer.tokenizer
+    if rows is None:
+        return []
+    if without_tokenizer:
+        return [
+            "without a processor: qformer.tokenizer is empty, so the text side leaves as weights that read token ids"
+        ]
+    added = [DEC] if lacks_dec(name) else []
+    added += [IMAGE] if IMAGE in model.tokenizer.get_vocab() else []
+    return [f"{len(added)} of the {rows} word embeddings are not {name}'s: {', '.join(added)}"] if added else []
 
 
 def _fitting(model: Model, encoder: str) -> Converted:
@@ -193,7 +206,9 @@ def _fitting(model: Model, encoder: str) -> Converted:
         raise DoesNotFit(f"{encoder} {reason}") from None
 
 
-def _write_whole(model: Model, config: Config, converted: Converted, folder: Path) -> tuple[str, Report]:
+def _write_whole(
+    model: Model, config: Config, converted: Converted, folder: Path, without_tokenizer: bool
+) -> tuple[str, Report]:
     """Model and processor; the target is built without memory and takes our tensors over, so that none is held twice."""
     stage2 = model if model.name == "stage2" else None
     instructed = stage2 is not None and stage2.tokenizer is not None
@@ -207,14 +222,16 @@ def _write_whole(model: Model, config: Config, converted: Converted, folder: Pat
     }
     tensors, report = (INSTRUCT_BLIP if instructed else BLIP2).give(trainable_tensors(model.adapter))
     tensors |= {f"vision_model.{name}": tensor for name, tensor in converted.tensors.items()}
+    parts = [image_processor]
     if stage2:
-        tokenizers = [_llm_tokenizer(stage2.llm, folder), *([copy.deepcopy(stage2.tokenizer)] if instructed else [])]
-        processor = classes.processor(image_processor, *tokenizers, num_query_tokens=queries)
-        image_id = tokenizers[0].convert_tokens_to_ids(IMAGE_TOKEN)
+        tokenizers = [_llm_tokenizer(stage2.llm, folder)]
+        tokenizers[0].add_tokens([AddedToken(IMAGE, normalized=False, special=True)], special_tokens=True)
+        parts += [*tokenizers, *([copy.deepcopy(stage2.tokenizer)] if instructed else [])]
+        image_id = tokenizers[0].convert_tokens_to_ids(IMAGE)
         values |= {"image_token_index": image_id, "text_config": _text_config(stage2.llm, image_id)}
         tensors |= {f"language_model.{name}": t for name, t in _language_tensors(stage2.llm, image_id).items()}
     else:
-        processor = classes.processor(image_processor, copy.deepcopy(model.tokenizer))
+        parts += [copy.deepcopy(model.tokenizer)]
         values["image_text_hidden_size"] = config.qformer.contrastive_width
     with torch.device("meta"):
         target = classes.model(classes.config(**values))
@@ -224,28 +241,32 @@ def _write_whole(model: Model, config: Config, converted: Converted, folder: Pat
     if stage2:
         target.generation_config = copy.deepcopy(stage2.llm.model.generation_config)
     target.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    if not without_tokenizer:
+        more = {"num_query_tokens": queries} if stage2 else {}
+        classes.processor(*parts, **more).save_pretrained(folder)
+    elif stage2:
+        tokenizers[0].save_pretrained(folder)
     image_processor.save_pretrained(folder)  # where other programs look for it
     if stage2:  # not the dtype of the first tensor, which is the queries'
         target.config.dtype = str(stage2.llm.model.dtype).removeprefix("torch.")
         target.config.save_pretrained(folder)
-    else:  # the processor added <image>, for which there is no embedding and no use
+    elif not without_tokenizer:  # the processor added <image>, for which there is no embedding and no use
         model.tokenizer.save_pretrained(folder)
     return classes.model.__name__, report
 
 
-def _write_qformer(model: Model, config: Config, folder: Path) -> tuple[str, Report]:
+def _write_qformer(model: Model, config: Config, folder: Path, without_tokenizer: bool) -> tuple[str, Report]:
     """The Q-Former as Blip2QFormerModel; what Blip2's classes keep beside it goes into REST by their names."""
     tensors, report = BLIP2.give(trainable_tensors(model.adapter))
     rest = {n.removeprefix("vision_model."): t for n, t in tensors.items() if not n.startswith("qformer.")}
     sizes = _qformer_sizes(model, config) | {"use_qformer_text_input": model.adapter.qformer.vocab_size is not None}
     with torch.device("meta"):
         target = Blip2QFormerModel(Blip2QFormerConfig(**sizes))
-    own = {n.removeprefix("qformer."): t for n, t in tensors.items() if n.startswith("qformer.")}
-    target.load_state_dict(own, assign=True)
+    inside = {n.removeprefix("qformer."): t for n, t in tensors.items() if n.startswith("qformer.")}
+    target.load_state_dict(inside, assign=True)
     target.save_pretrained(folder)
     save_file(rest, folder / REST, metadata={"post_layernorm_eps": str(model.adapter.feature_norm.eps)})
-    if model.adapter.qformer.vocab_size is not None:
+    if model.adapter.qformer.vocab_size is not None and not without_tokenizer:
         model.tokenizer.save_pretrained(folder)
     return Blip2QFormerModel.__name__, report
 
@@ -267,13 +288,13 @@ def _qformer_sizes(model: Model, config: Config) -> dict[str, Any]:
 
 
 def _image_processor(encoder: FrozenEncoder) -> Any:
-    given = encoder.input_transform
-    assert given is not None
+    transform = encoder.input_transform
+    assert transform is not None
     return BlipImageProcessorPil(
-        size={"height": given.size, "width": given.size},
-        image_mean=list(given.mean),
-        image_std=list(given.std),
-        resample=RESAMPLE[given.interpolation],
+        size={"height": transform.size, "width": transform.size},
+        image_mean=list(transform.mean),
+        image_std=list(transform.std),
+        resample=RESAMPLE[transform.interpolation],
     )
 
 

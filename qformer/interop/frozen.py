@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
-from qformer.config import EncoderConfig, LlmConfig, QFormerConfig
+from qformer.config import EncoderConfig, LlmConfig
 from qformer.interop.keys import Imported
+from qformer.messages import one_line
 from qformer.models import Stage1Adapter, Stage2Adapter
 from qformer.qformer import QFormer
-
-DEC = "[DEC]"
 
 
 def encoder_width(config: EncoderConfig) -> int:
@@ -30,7 +29,7 @@ def encoder_width(config: EncoderConfig) -> int:
     try:
         given = open_clip.get_model_config(config.id if ":" in config.id else config.id.replace("/", "-"))
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"encoder.id={config.id!r}: its config cannot be reached ({_one_line(error)})") from None
+        raise ValueError(f"encoder.id={config.id!r}: its config cannot be reached ({one_line(error)})") from None
     if given is None:
         raise ValueError(f"encoder.id={config.id!r} is no model of open_clip; see open_clip.list_models()")
     vision = given["vision_cfg"]
@@ -50,16 +49,21 @@ def language_width(config: LlmConfig) -> int:
     return text.word_embed_proj_dim if text.model_type == "opt" else text.hidden_size
 
 
-def text_vocabulary(config: QFormerConfig) -> int:
-    """Rows of the word embeddings that `qformer.tokenizer` needs, [DEC] included.
+def require_encoder_width(config: EncoderConfig, width: int, of: str) -> None:
+    """Raise ValueError unless `encoder.*` names an encoder of a checkpoint's width; `of` says whose that is."""
+    if (named := encoder_width(config)) != width:
+        raise ValueError(
+            f"encoder.id={config.id!r} is {named} wide, but {of}; "
+            "name the encoder that it was trained with (BLIP-2: configs/encoder/eva_g.yaml, 1408)"
+        )
 
-    Raises: ValueError when it cannot be reached.
-    """
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"qformer.tokenizer={config.tokenizer!r} cannot be loaded ({_one_line(error)})") from None
-    return len(tokenizer) + (DEC not in tokenizer.get_vocab())
+
+def require_language_width(config: LlmConfig, width: int, of: str) -> None:
+    """Raise ValueError unless `llm.*` names a language model of a checkpoint's width; `of` says whose that is."""
+    if (named := language_width(config)) != width:
+        raise ValueError(
+            f"llm.id={config.id!r} is {named} wide, but {of}; name the language model that it was trained with"
+        )
 
 
 def empty_adapter(
@@ -115,10 +119,6 @@ def _auto_config(key: str, id: str, revision: str | None, trust_remote_code: boo
         return AutoConfig.from_pretrained(id, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{key}={id!r}: its config cannot be reached ({_one_line(error)}); give a folder, or a hub id that can be "
+            f"{key}={id!r}: its config cannot be reached ({one_line(error)}); give a folder, or a hub id that can be "
             "reached or is in the cache"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

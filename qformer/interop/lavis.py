@@ -4,20 +4,19 @@ Source: LAVIS's Blip2Qformer, Blip2OPT, Blip2T5, Blip2T5Instruct and Blip2Vicuna
 trained; what was frozen is named by the config, as for a run, and checked against the file by its width.
 """
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from qformer.bert import DEC, load_tokenizer
 from qformer.config import ConfigError, Stage1Part, Stage2Part, load_config
 from qformer.interop.eva import save_as_blip2
-from qformer.interop.frozen import empty_adapter, encoder_width, language_width, text_vocabulary
+from qformer.interop.files import read_pickle, read_safetensors
+from qformer.interop.frozen import empty_adapter, require_encoder_width, require_language_width
 from qformer.interop.keys import Imported, lavis
 
 PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")  # of the stage-2 models; without any it is stage 1
@@ -60,20 +59,9 @@ def read_lavis(file: Path) -> dict[str, Tensor]:
     Raises: ValueError when it cannot be read, would run code, or is no checkpoint of BLIP-2.
     """
     if not file.is_file():
-        found = "is a folder" if file.is_dir() else "does not exist"
-        raise ValueError(f"{file} {found}; expected the file of a LAVIS checkpoint (.pth or .safetensors)")
-    try:
-        loaded = load_file(file) if file.suffix == ".safetensors" else _unpickle(file)
-    except pickle.UnpicklingError as error:
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
-                f"{file} is a pickle that calls code ({code[1]}), not one of tensors alone; it was not run. {EXPECTED}"
-            ) from None
-        raise ValueError(f"{file} is no file of PyTorch, or a damaged one; {EXPECTED}") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{file} is damaged or incomplete ({' '.join(str(error).split())[:120]}); compare its size and download it again"
-        ) from None
+        state = "is a folder" if file.is_dir() else "does not exist"
+        raise ValueError(f"{file} {state}; expected the file of a LAVIS checkpoint (.pth or .safetensors)")
+    loaded = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, EXPECTED)
     tensors = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{file} holds no dictionary of tensors; {EXPECTED}")
@@ -91,35 +79,34 @@ def import_tensors(
         if copy in tensors and original in tensors and not torch.equal(tensors[copy], tensors[original]):
             raise ValueError(f"{source}: {copy} differs from {original}, but they are one tensor in a Q-Former")
     projection = next((name for name in PROJECTIONS if f"{name}.weight" in tensors), None)
-    sizes = infer_sizes(tensors, source)
-    config = _config(tensors, source, arguments, projection, sizes, encoder_folder)
-
+    config: Any = _config(tensors, source, arguments, projection, infer_sizes(tensors, source), encoder_folder)
     width = len(tensors["ln_vision.weight"])
-    if not (inside := _has_encoder(tensors)) and (named := encoder_width(config.encoder)) != width:
-        raise ValueError(
-            f"encoder.id={config.encoder.id!r} is {named} wide, but {source} was trained on {width} columns (ln_vision); "
-            "name the encoder that it was trained with (BLIP-2: configs/encoder/eva_g.yaml, 1408)"
-        )
     llm_width = len(tensors[f"{projection}.weight"]) if projection else None
-    if projection and (named := language_width(config.llm)) != llm_width:
-        raise ValueError(
-            f"llm.id={config.llm.id!r} is {named} wide, but {source} projects to {llm_width} columns ({projection}); "
-            "name the language model that it was trained with"
-        )
     vocab_size = len(tensors[WORDS]) if WORDS in tensors else None
-    if vocab_size and (needed := text_vocabulary(config.qformer)) != vocab_size:
-        raise ValueError(
-            f"qformer.tokenizer={config.qformer.tokenizer!r} has {needed} tokens with [DEC], but {source} has "
-            f"{vocab_size} word embeddings; name the tokenizer that it was trained with (BLIP-2: bert-base-uncased)"
-        )
-    layout = lavis(projection or PROJECTIONS[0])
-    own = empty_adapter(config, width, llm_width, vocab_size).state_dict()
+    if not _has_encoder(tensors):
+        require_encoder_width(config.encoder, width, f"{source} was trained on {width} columns (ln_vision)")
+    if llm_width is not None:
+        require_language_width(config.llm, llm_width, f"{source} projects to {llm_width} columns ({projection})")
+    if vocab_size is not None:
+        _require_tokenizer(config, vocab_size, source)
+    adapter = empty_adapter(config, width, llm_width, vocab_size).state_dict()
     outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(ENCODER)}
-    found, report = layout.take(own, outside, source)
-    if inside:
+    taken, report = lavis(projection or PROJECTIONS[0]).take(adapter, outside, source)
+    if len(outside) < len(tensors):
         why = f"the frozen encoder, written to {encoder_folder}"
         report = report._replace(dropped={**report.dropped, **{n: why for n in tensors if n not in outside}})
-    return Imported(config, {name: tensor.float() for name, tensor in found.items()}, report)
+    return Imported(config, {name: tensor.float() for name, tensor in taken.items()}, report)
+
+
+def _require_tokenizer(config: Any, vocab_size: int, source: str) -> None:
+    """Raise ValueError unless `qformer.tokenizer` has a token for each word embedding; empty, it is left to later."""
+    if not config.qformer.tokenizer:
+        config.qformer.vocab_size = vocab_size
+    elif (needed := len(load_tokenizer(config.qformer.tokenizer))) != vocab_size:
+        raise ValueError(
+            f"qformer.tokenizer={config.qformer.tokenizer!r} has {needed} tokens with {DEC}, but {source} has "
+            f"{vocab_size} word embeddings; name the tokenizer that it was trained with (BLIP-2: bert-base-uncased)"
+        )
 
 
 def infer_sizes(tensors: Mapping[str, Tensor], source: str) -> dict[str, int]:
@@ -174,8 +161,8 @@ def _config(
     except ConfigError as error:
         raise ValueError(f"{source} is of {what}: {error}") from None
     for key, value in sizes.items():
-        if key != "heads" and (named := getattr(config.qformer, key)) != value:
-            raise ValueError(f"qformer.{key}={named}, but {source} has {value}; leave it out")
+        if key != "heads" and (value_set := getattr(config.qformer, key)) != value:
+            raise ValueError(f"qformer.{key}={value_set}, but {source} has {value}; leave it out")
     if _has_encoder(tensors) and config.encoder.id != str(encoder_folder):
         raise ValueError(
             f"encoder.id={config.encoder.id!r}, but {source} holds its own (visual_encoder.*); leave it out"
@@ -185,9 +172,3 @@ def _config(
 
 def _has_encoder(tensors: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(ENCODER) for name in tensors)
-
-
-def _unpickle(file: Path) -> Any:
-    with file.open("rb") as opened:
-        in_pieces = opened.read(2) == b"PK"  # the zip format of today; that of 2020 and before is one long pickle
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=in_pieces)
