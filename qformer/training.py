@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from qformer.card import model_card
 from qformer.checkpoint import changed_keys, load_checkpoint, require_same_parts, save_adapter, save_checkpoint
 from qformer.config import Stage1Config, Stage2Config, only_model, to_yaml
-from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed, training_loader
+from qformer.data import GlobalBatches, RecordDataset, Records, build_order, derive_seed, training_loader
 from qformer.distributed import sum_over_ranks
 from qformer.launch import stop_signals
 from qformer.log import ChanceWatch, MetricWindow, RunLog, describe_losses, gradient_norms, memory_bytes
@@ -31,6 +31,7 @@ from qformer.validation import describe_validation, validate
 
 logger = logging.getLogger(__name__)
 Config = Stage1Config | Stage2Config  # of a run: any stage's
+CAPTION_SAMPLE = 1000  # records whose captions are looked up before a run begins
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -97,6 +98,8 @@ class _Run:
         self.optimizer = build_optimizer(
             self.adapter, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay, eps=1e-8
         )
+        if accelerator.is_main_process and resume_from is None:
+            _describe_data(train, options.global_batch_size)
         self.progress, scaler_state = _restore(resume_from, self.adapter, self.optimizer, train=train, config=config)
         self.first, self.saved_step = dataclasses.replace(self.progress), self.progress.step
         self.wrapped, self.stepper = accelerator.prepare(self.adapter, self.optimizer)
@@ -354,6 +357,20 @@ def _accumulation(global_batch: int, micro: int, world: int) -> int:
     logger.info("%d records a step = %d a forward x %d processes x %d accumulated", global_batch, micro, world,
                 global_batch // (micro * world))  # fmt: skip
     return global_batch // (micro * world)
+
+
+def _describe_data(train: RecordDataset, global_batch: int) -> None:
+    """Log how many captions of a sample differ, and warn of what contrast and matching cannot learn much from."""
+    records = train.records
+    sample = range(0, len(records), max(1, len(records) // CAPTION_SAMPLE))
+    without_images = [records.text(i) if isinstance(records, Records) else records[i] for i in sample]
+    captions = [caption for record in without_images for caption in record.captions]
+    logger.info("%d records; %d of %d captions looked up are distinct", len(records), len(set(captions)), len(captions))
+    if len(records) < global_batch:
+        logger.warning(
+            "data.train has %d records, fewer than train.global_batch_size=%d: a step meets some of them more than once, "
+            "and rows of one image are no negatives of each other; lower it, or add records", len(records), global_batch,
+        )  # fmt: skip
 
 
 def _describe_non_finite(step: int, metrics: dict[str, float], norm: float, prepared: list[Prepared]) -> str:

@@ -32,7 +32,7 @@ def validate(
     loader = iter(training_loader(validation, batches, 0))
     model.eval()
     totals: dict[str, float] = {}
-    embeds: list[tuple[Tensor, Tensor, list[str]]] = []
+    embeds: list[tuple[Tensor, Tensor, tuple[list[str], list[str]]]] = []
     captions: list[dict[str, str]] = []
     for i in range(count):
         prepared = model.prepare(next(loader).to(accelerator.device), derive_seed("validation", i))
@@ -48,25 +48,27 @@ def validate(
             if name != "temperature":
                 totals[name] = totals.get(name, 0.0) + float(value) / (count * world)
         if output.image_embeds is not None and output.text_embeds is not None:
-            embeds.append((gather(output.image_embeds), gather(output.text_embeds), prepared.batch.image_ids))
+            names = (prepared.batch.image_ids, prepared.batch.texts)
+            embeds.append((gather(output.image_embeds), gather(output.text_embeds), names))
     model.train()
     means = sum_over_ranks(torch.tensor(list(totals.values()), device=accelerator.device)).tolist()
     results: dict[str, Any] = {f"validation_{name}": mean for name, mean in zip(totals, means, strict=True)}
     if embeds:
-        ids = [i for _, _, of_rank in embeds for per_rank in gather_objects(of_rank) for i in per_rank]
-        results |= _recall(torch.cat([i for i, _, _ in embeds]), torch.cat([t for _, t, _ in embeds]), ids)
+        gathered = [names for _, _, of_rank in embeds for names in gather_objects(of_rank)]
+        ids, texts = ([name for names in gathered for name in names[i]] for i in (0, 1))
+        results |= _recall(torch.cat([i for i, _, _ in embeds]), torch.cat([t for _, t, _ in embeds]), ids, texts)
     if captions:
         results["captions"] = captions
     return results
 
 
-def _recall(image_embeds: Tensor, text_embeds: Tensor, image_ids: list[str]) -> dict[str, float]:
-    """Recall@1 in percent; an image that several captions share stands once."""
+def _recall(image_embeds: Tensor, text_embeds: Tensor, image_ids: list[str], texts: list[str]) -> dict[str, float]:
+    """Recall@1 in percent; an image that several captions share stands once, and equal captions are equally right."""
     first = {name: row for row, name in reversed(list(enumerate(image_ids)))}
     rows = sorted(first.values())
     column = {image_ids[row]: i for i, row in enumerate(rows)}
     best = [(image_embeds[r].float() @ text_embeds.float().T).amax(0) for r in rows]
-    score = recall_at_k(torch.stack(best), torch.tensor([column[i] for i in image_ids]), ks=(1,))
+    score = recall_at_k(torch.stack(best), torch.tensor([column[i] for i in image_ids]), ks=(1,), texts=texts)
     return {
         "validation_image_to_text_recall_1": score.image_to_text[1],
         "validation_text_to_image_recall_1": score.text_to_image[1],

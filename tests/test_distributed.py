@@ -66,7 +66,7 @@ def losses_and_gradient(masked: bool, ranks: int, wrap) -> dict[str, Tensor]:
     targets_per_rank = sum_over_ranks(text.mask[:, 1:].sum()).float() / ranks
     wrapped = wrap(adapter)  # must outlive the backward pass: it averages the gradient
     output: Output = wrapped(
-        Features(records["features"][mine, :widest], image_mask), text, image_key=PICTURES[mine],
+        Features(records["features"][mine, :widest], image_mask), text, keys=PICTURES[mine, None],
         targets_per_rank=targets_per_rank, seed=17,
     )  # fmt: skip
     output.loss.backward()

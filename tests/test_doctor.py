@@ -15,7 +15,6 @@ from PIL import Image
 from test_stages import stage_main
 from tiny import Tiny, run_stage, write_records
 
-from qformer import models
 from qformer.config import LlmConfig, Stage1Config, load_config
 from qformer.doctor.checks import Case, check_device
 from qformer.doctor.trial import Step, Trial, _activations, _of_memory, _of_time
@@ -27,6 +26,7 @@ from qformer.doctor.weights import (
     parameter_bytes,
     resident_bytes,
 )
+from qformer.models import stage1
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -243,7 +243,7 @@ def test_a_full_disk(tiny, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "itm_loss", lambda logits, *more: logits.sum() * math.inf)
+    monkeypatch.setattr(stage1, "itm_loss", lambda logits, *more: logits.sum() * math.inf)
     found, code = examine(tmp_path, *tiny.stage1(tmp_path / "run"))
     assert (code, failed(found)) == (2, ["step"])
     assert "a loss is not finite" in found["step"][1]

@@ -131,12 +131,12 @@ def test_dropout_repeats_in_the_second_pass(arguments, precision, limit, monkeyp
     with accelerator.autocast():
         for p, share in zip(prepared, shares, strict=True):
             output = adapter(
-                share.features, p.text, image_key=torch.zeros(2), targets_per_rank=targets, seed=0, cached=share
+                share.features, p.text, keys=torch.zeros(2, 1), targets_per_rank=targets, seed=0, cached=share
             )
             itc = share.itc(embedded[-1].image_embeds, embedded[-1].text_embeds, adapter.temperature)
             rest = rest + (output.loss - itc) / len(prepared)  # nothing of ITC's gradient is left in it
         images, texts = (torch.cat([e[i] for e in embedded]) for i in (-2, -1))
-        picture = torch.cat([model._image_key(p) for p in prepared])
+        picture = torch.cat([model._keys(p) for p in prepared])
         whole = contrast(
             images, texts, adapter.temperature, picture, label_smoothing=adapter.label_smoothing, noise_seed=5
         )
@@ -150,7 +150,7 @@ def test_dropout_repeats_in_the_second_pass(arguments, precision, limit, monkeyp
 
 def test_scores_are_float32_under_autocast():
     images, texts = (torch.nn.functional.normalize(torch.randn(*size, 8), dim=-1) for size in ((4, 2), (4,)))
-    arguments = (images, texts, torch.tensor(0.07), torch.arange(4))
+    arguments = (images, texts, torch.tensor(0.07), torch.arange(4)[:, None])
     more = {"label_smoothing": 0.1, "noise_seed": 3}
     with torch.autocast("cpu", torch.bfloat16):
         found = contrast(*arguments, **more)

@@ -8,14 +8,13 @@ from tiny import TRAINING, run_stage
 from torch.testing import assert_close
 
 import qformer
-from qformer import contrast
 from qformer.build import build_stage2
 from qformer.checkpoint import read_adapter
 from qformer.config import Stage2Config, load_config
 from qformer.encoders import Features
 from qformer.interop.keys import lavis
-from qformer.models import TextTokens
-from qformer.models.contrast import image_keys
+from qformer.models import TextTokens, contrast
+from qformer.models.contrast import text_keys
 from qformer.objectives import itc_loss, itg_loss, itm_loss, next_token_labels, similarity
 from qformer.text import IGNORE_INDEX
 
@@ -200,7 +199,7 @@ def test_stage1_speaks_by_its_own_head(stage1):
 
 def test_on_purpose_captions_of_one_picture_share_the_target_where_the_reference_counts_one(stage1):
     similarities = stage1["out.sim_i2t"]
-    same = image_keys(["a", "b", "c", "a"])[:, None] == image_keys(["a", "b", "c", "a"])[None]
+    same = text_keys(["a", "b", "c", "a"])[:, None] == text_keys(["a", "b", "c", "a"])[None]
     ours, theirs = itc_loss(similarities, same, 0.1), itc_loss(similarities, torch.eye(4).bool(), 0.1)
     assert (ours - theirs).abs() > 0.1
 
@@ -212,7 +211,7 @@ def test_on_purpose_the_temperature_is_held_where_the_reference_lets_it_go(stage
     stage1.adapter(
         Features(stage1["out.vit"], None),
         stage1.text,
-        image_key=torch.arange(4),
+        keys=torch.arange(4)[:, None],
         targets_per_rank=torch.tensor(1.0),
         seed=0,
     )
@@ -310,7 +309,7 @@ def _training_step(stage1, monkeypatch):
     targets = stage1.text.mask[:, 1:].sum().float()
     stage1.adapter.zero_grad()
     output = stage1.adapter(
-        Features(stage1["out.vit"], None), stage1.text, image_key=torch.arange(4), targets_per_rank=targets, seed=0
+        Features(stage1["out.vit"], None), stage1.text, keys=torch.arange(4)[:, None], targets_per_rank=targets, seed=0
     )
     output.loss.backward()
     return output.loss.detach(), {name: parameter.grad for name, parameter in stage1.adapter.named_parameters()}

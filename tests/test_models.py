@@ -17,7 +17,7 @@ from qformer.build import build_dataset, build_stage1, build_stage2
 from qformer.config import Stage1Config, Stage2Config, load_config
 from qformer.data import Batch, Draw, collate
 from qformer.models import Output, Stage1, Stage2, split_prefix
-from qformer.models.contrast import image_keys
+from qformer.models.contrast import text_keys
 from qformer.objectives import draw_hard_negatives
 
 Model = Stage1 | Stage2
@@ -316,11 +316,11 @@ def test_temperature_stays_within_its_bounds(tiny):
         assert output.metrics["temperature"].item() == pytest.approx(kept)
 
 
-def test_image_keys_are_equal_where_the_ids_are():
-    ids = image_keys(["a", "b", "a", "", "é"])
+def test_keys_are_equal_where_the_ids_are():
+    ids = text_keys(["a", "b", "a", "", "é"])
     assert ids.dtype == torch.int64
     assert (ids[:, None] == ids).sum(1).tolist() == [2, 1, 2, 1, 1]
-    assert torch.equal(ids, image_keys(["a", "b", "a", "", "é"]))
+    assert torch.equal(ids, text_keys(["a", "b", "a", "", "é"]))
 
 
 # ---- stage 2 ----

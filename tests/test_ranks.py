@@ -183,10 +183,10 @@ def count_traffic(me: int, ranks: int, masked: bool, batch: int = 3) -> dict[str
     ids = torch.randint(1, 39, (batch, SIZES["text_tokens"]))
     features = torch.randn(batch, SIZES["tokens"], FEATURE_WIDTH)
     mask = torch.ones(batch, SIZES["tokens"], dtype=torch.bool) if masked else None
-    image_key = torch.arange(batch) + me * batch
+    keys = torch.arange(batch)[:, None] + me * batch
     with Traffic() as traffic:
         output = adapter(
-            Features(features, mask), TextTokens(ids, ids > 0), image_key=image_key, targets_per_rank=torch.tensor(1.0),
+            Features(features, mask), TextTokens(ids, ids > 0), keys=keys, targets_per_rank=torch.tensor(1.0),
             seed=3,
         )  # fmt: skip
         output.loss.backward()

@@ -275,7 +275,11 @@ def check_captions(case: Case) -> Verdict:
         worst = WARNING
         enough = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]
         said.append(f"{cut:.1%} are longer than {key}={limit} and would be cut: {enough} holds 99 % of them")
-    shape = f"{len(texts)} captions of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.3g} on average"
+    distinct = len(set(texts))
+    if config.stage == "stage1" and distinct < 0.1 * len(texts):
+        worst = WARNING
+        said.append("equal captions are no negatives of each other, so that contrast and matching learn from the rest")
+    shape = f"{len(texts)} captions, {distinct} of them distinct, of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.3g} on average"
     return worst, "; ".join([shape, *(said or [f"{key}={limit} holds them"])])
 
 

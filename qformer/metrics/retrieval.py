@@ -17,49 +17,57 @@ class RetrievalScore:
     n_texts: int
 
 
-def recall_at_k(similarity: Tensor, text_image: Tensor, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScore:
-    """Recall@k of pictures by caption and of captions by picture.
+def recall_at_k(
+    similarity: Tensor, text_image: Tensor, ks: Sequence[int] = (1, 5, 10), texts: Sequence[str] | None = None
+) -> RetrievalScore:  # fmt: skip
+    """Recall@k of images by caption and of captions by image.
 
-    A picture counts as found if any of its captions is in its top k. Ties count against us: every wrong candidate as
+    An image counts as retrieved if any of its captions is in its top k. Ties count against us: every wrong candidate as
     similar as the right one is ranked before it, so a constant similarity does not score.
 
     Args:
         similarity: float[I, T], higher is more alike; -inf marks pairs that were never compared.
-        text_image: int[T], the picture each caption belongs to.
+        text_image: int[T], the image that each caption belongs to.
         ks: list sizes, 1 or more.
+        texts: the T captions; an equal caption of another image is as right as the own one. None = all differ.
 
     Raises:
         ValueError: the shapes do not fit each other.
-        ValueError: `text_image` points outside the pictures, or a picture has no caption.
+        ValueError: `text_image` points outside the images, or an image has no caption.
         ValueError: `similarity` holds NaN.
         ValueError: a k is below 1.
     """
     if similarity.ndim != 2 or text_image.shape != similarity.shape[1:] or similarity.numel() == 0:
         raise ValueError(
             f"similarity {list(similarity.shape)} and text_image {list(text_image.shape)}: expected [I, T] and [T], "
-            "both non-empty; rows are pictures, columns are captions"
+            "both non-empty; rows are images, columns are captions"
         )
     n_images, n_texts = similarity.shape
     text_image = text_image.to(similarity.device, torch.long)
     if text_image.min() < 0 or text_image.max() >= n_images:
         raise ValueError(
             f"text_image spans {int(text_image.min())}..{int(text_image.max())}: expected 0..{n_images - 1}, "
-            "the row of each caption's picture"
+            "the row of each caption's image"
         )
     captions = torch.bincount(text_image, minlength=n_images)
     if (captions == 0).any():
-        raise ValueError(f"picture {int((captions == 0).nonzero()[0])} has no caption: drop its row from similarity")
+        raise ValueError(f"image {int((captions == 0).nonzero()[0])} has no caption: drop its row from similarity")
     if similarity.isnan().any():  # NaN compares false with everything and would rank first
         raise ValueError("similarity holds NaN: expected numbers or -inf; check the embeddings before scoring")
     if min(ks) < 1:
         raise ValueError(f"ks={list(ks)}: expected list sizes of 1 or more")
 
-    own = similarity.gather(0, text_image[None])[0]  # float[T]: each caption with its picture
-    best = own.new_full((n_images,), -torch.inf).scatter_reduce(0, text_image, own, "amax")  # float[I]
-    wrong = text_image != torch.arange(n_images, device=similarity.device)[:, None]  # bool[I, T]
+    right = text_image == torch.arange(n_images, device=similarity.device)[:, None]  # bool[I, T]
+    if texts is not None:
+        numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        kind = torch.tensor([numbers[text] for text in texts], device=similarity.device)
+        has = right.new_zeros(n_images, len(numbers))  # bool[I, distinct texts]
+        has[text_image, kind] = True
+        right = has[:, kind]
+    of_right = similarity.masked_fill(~right, -torch.inf)
     # The rank of the right partner is the number of wrong candidates at least as similar.
-    image_rank = (wrong & (similarity >= best[:, None])).sum(1)
-    text_rank = (wrong & (similarity >= own)).sum(0)
+    image_rank = (~right & (similarity >= of_right.amax(1, keepdim=True))).sum(1)
+    text_rank = (~right & (similarity >= of_right.amax(0))).sum(0)
     return RetrievalScore(_recall(image_rank, ks), _recall(text_rank, ks), n_images, n_texts)
 
 

@@ -68,19 +68,19 @@ class NegativeBank(NamedTuple):
 
 
 def contrast(
-    image_embeds: Tensor, text_embeds: Tensor, temperature: Tensor, image_key: Tensor, *, label_smoothing: float,
+    image_embeds: Tensor, text_embeds: Tensor, temperature: Tensor, keys: Tensor, *, label_smoothing: float,
     noise_seed: int, micro_batches: int = 1,
 ) -> Contrast:  # fmt: skip
     """Compare this rank's rows of a contrastive batch with those of all ranks, in float32 also under autocast.
 
     Args:
         image_embeds, text_embeds: float[B, Q, E], float[B, E] of unit length.
-        image_key: int64[B], equal for captions of the same image; those are no negatives of each other.
+        keys: int64[B, K], of each row's image, of its caption; rows that have one in common are no negatives of each other.
         noise_seed: seed of the negatives drawn; the same on all ranks.
         micro_batches: how many the rows come from; their scores are then not kept but computed again for the gradient.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
-        same, texts = image_key[:, None] == gather(image_key)[None, :], gather(text_embeds, gradient=True)
+        same, texts = (keys[:, None] == gather(keys)[None]).any(2), gather(text_embeds, gradient=True)
         score = similarity if micro_batches == 1 else partial(checkpoint, similarity, use_reentrant=False)
         i2t = torch.cat([score(rows, texts) for rows in image_embeds.chunk(micro_batches)]) / temperature
         t2i = transpose_over_ranks(i2t)  # every pair is scored once, where its image is: queries never cross ranks
@@ -105,9 +105,9 @@ def draw_noise(rows: int, micro_batches: int, seed: int) -> Tensor:
     return torch.stack(drawn, 1)[..., place]
 
 
-def image_keys(image_ids: list[str]) -> Tensor:
-    """int64[B], equal where the ids are equal, so that they can be compared across ranks."""
-    digests = [hashlib.blake2b(i.encode(), digest_size=8).digest() for i in image_ids]
+def text_keys(texts: Sequence[str]) -> Tensor:
+    """int64[B], equal where the texts (or ids) are equal, so that they can be compared across ranks."""
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])
 
 

@@ -33,7 +33,7 @@ class CachedStep(NamedTuple):
 
 def gradcache_step(
     features: Sequence[Features], texts: Sequence[Text], embeds: Sequence[tuple[Tensor, Tensor]], *,
-    temperature: Tensor, image_key: Tensor, label_smoothing: float, noise_seed: int, dropout_seeds: Sequence[int],
+    temperature: Tensor, keys: Tensor, label_smoothing: float, noise_seed: int, dropout_seeds: Sequence[int],
 ) -> list[CachedStep]:  # fmt: skip
     """Compare the rows of this rank's k micro-batches, embedded without gradient: what each needs for the second pass.
 
@@ -43,11 +43,11 @@ def gradcache_step(
     embedded = (torch.cat([image for image, _ in embeds]), torch.cat([text for _, text in embeds]), temperature)
     leaves = images, words, divisor = tuple(x.detach().requires_grad_() for x in embedded)
     whole = contrast(
-        images, words, divisor, image_key, label_smoothing=label_smoothing, noise_seed=noise_seed, micro_batches=k
+        images, words, divisor, keys, label_smoothing=label_smoothing, noise_seed=noise_seed, micro_batches=k
     )
     of_images, of_texts, of_temperature = torch.autograd.grad(whole.itc, leaves)
     whole, bank = whole._replace(itc=whole.itc.detach()), NegativeBank.of(features, texts)
-    steps, rows = [], len(image_key) // k
+    steps, rows = [], len(keys) // k
     for i, seed in enumerate(dropout_seeds):
         mine = slice(i * rows, (i + 1) * rows)
         tokens = bank.tokens[mine, : features[i].tokens.shape[1]]  # they lie in memory once

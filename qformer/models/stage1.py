@@ -16,7 +16,7 @@ from qformer.distributed import world_size
 from qformer.encoders import Features, FrozenEncoder
 from qformer.metrics.queries import mean_cosine
 from qformer.models.batch import TextTokens, tokenize
-from qformer.models.contrast import Contrast, NegativeBank, contrast, image_keys
+from qformer.models.contrast import Contrast, NegativeBank, contrast, text_keys
 from qformer.models.gradcache import CachedStep, gradcache_step
 from qformer.models.stage import Output, Prepared, Stage
 from qformer.objectives import ITM_CHANCE, itg_loss, itm_loss, next_token_labels
@@ -159,7 +159,7 @@ class Stage1Adapter(nn.Module):
         return embedded.image_embeds.detach(), embedded.text_embeds.detach()
 
     def forward(
-        self, features: Features, text: TextTokens, *, image_key: Tensor, targets_per_rank: Tensor, seed: int,
+        self, features: Features, text: TextTokens, *, keys: Tensor, targets_per_rank: Tensor, seed: int,
         cached: CachedStep | None = None,
     ) -> Output:  # fmt: skip
         """The objectives of one micro-batch.
@@ -167,7 +167,7 @@ class Stage1Adapter(nn.Module):
         Args:
             features: tokens float[B, N, Dv] without gradient, mask bool[B, N] | None.
             text: ids int64[B, T] and mask bool[B, T] of the captions.
-            image_key: int64[B], equal for captions of the same image; those are no negatives of each other.
+            keys: int64[B, 2], of each row's image and caption; rows that share one are no negatives of each other.
             targets_per_rank: ITG's normalizer float[], see `Stage.forward`.
             seed: of the negatives drawn; the same on all ranks.
             cached: of a contrastive batch of several micro-batches, compared before; None = compare this one.
@@ -177,7 +177,7 @@ class Stage1Adapter(nn.Module):
         embedded = self.embed(*features, text)
         losses, metrics = {}, {}
         if self.contrasts:
-            compared, bank = self._compare(embedded, features, text, image_key=image_key, seed=seed, cached=cached)
+            compared, bank = self._compare(embedded, features, text, keys=keys, seed=seed, cached=cached)
         if "itc" in self.weights:
             losses["itc"], metrics["itc_accuracy"] = compared.itc, compared.accuracy
         if "itm" in self.weights:
@@ -196,7 +196,7 @@ class Stage1Adapter(nn.Module):
         return Output(loss, metrics, *(None if x is None else x.detach() for x in embeds))
 
     def _compare(
-        self, embedded: Embedded, features: Features, text: TextTokens, *, image_key: Tensor, seed: int,
+        self, embedded: Embedded, features: Features, text: TextTokens, *, keys: Tensor, seed: int,
         cached: CachedStep | None,
     ) -> tuple[Contrast, NegativeBank | None]:  # fmt: skip
         """What comparing all rows yields, and where the negatives are; None = among these very rows."""
@@ -205,7 +205,7 @@ class Stage1Adapter(nn.Module):
         embeds = (embedded.image_embeds, embedded.text_embeds, self.temperature)
         if cached is not None:
             return cached.contrast._replace(itc=cached.itc(*embeds)), cached.bank
-        compared = contrast(*embeds, image_key, label_smoothing=self.label_smoothing, noise_seed=seed)
+        compared = contrast(*embeds, keys, label_smoothing=self.label_smoothing, noise_seed=seed)
         one_rank = world_size() == 1 or "itm" not in self.weights
         return compared, None if one_rank else NegativeBank.of([features], [text])
 
@@ -319,13 +319,14 @@ class Stage1(Stage[TextTokens]):
         ]
         steps = gradcache_step(
             features, [p.text for p in group], embeds, temperature=adapter.temperature,
-            image_key=torch.cat([self._image_key(p) for p in group]), label_smoothing=adapter.label_smoothing,
+            keys=torch.cat([self._keys(p) for p in group]), label_smoothing=adapter.label_smoothing,
             noise_seed=group[0].seed, dropout_seeds=seeds,
         )  # fmt: skip
         return [p._replace(cached=step) for p, step in zip(group, steps, strict=True)]
 
-    def _image_key(self, prepared: Prepared[TextTokens]) -> Tensor:
-        return image_keys(prepared.batch.image_ids).to(prepared.text.ids.device)
+    def _keys(self, prepared: Prepared[TextTokens]) -> Tensor:
+        keys = [text_keys(names) for names in (prepared.batch.image_ids, prepared.batch.texts)]
+        return torch.stack(keys, 1).to(prepared.text.ids.device)
 
     def forward(
         self, prepared: Prepared[TextTokens], targets_per_rank: Tensor, adapter: nn.Module | None = None
@@ -333,7 +334,7 @@ class Stage1(Stage[TextTokens]):
         batch, cached = prepared.batch, prepared.cached
         features = self.encoder(batch.images, batch.image_mask) if cached is None else cached.features
         output: Output = (adapter or self.adapter)(
-            features, prepared.text, image_key=self._image_key(prepared), targets_per_rank=targets_per_rank,
+            features, prepared.text, keys=self._keys(prepared), targets_per_rank=targets_per_rank,
             seed=prepared.seed, cached=cached,
         )  # fmt: skip
         return output
