@@ -279,7 +279,10 @@ def check_captions(case: Case) -> Verdict:
     if config.stage == "stage1" and distinct < 0.1 * len(texts):
         worst = WARNING
         said.append("equal captions are no negatives of each other, so that contrast and matching learn from the rest")
-    shape = f"{len(texts)} captions, {distinct} of them distinct, of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.3g} on average"
+    shape = (
+        f"{len(texts)} captions of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.3g} on average, "
+        f"{distinct} of them distinct"
+    )
     return worst, "; ".join([shape, *(said or [f"{key}={limit} holds them"])])
 
 
