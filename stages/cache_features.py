@@ -55,16 +55,16 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
 
         start, done, share = time.monotonic(), 0, writer.share(rank, world)
-        said = start
+        reported_at = start
         batches = writer.write(encoder, accelerator.device, args.batch_size, config.data.workers, rank, world)
         shown = track(_counted(batches), "caching", total=share, disable=rank > 0 or not sys.stderr.isatty())
         for done, _ in enumerate(shown, start=1):
             now = time.monotonic()
-            if now - said > 30 and not sys.stderr.isatty():
+            if now - reported_at > 30 and not sys.stderr.isatty():
                 left = timedelta(seconds=round((now - start) / done * (share - done)))
                 logger.info("%d of %d pictures of this process, %.3g a second, %s left", done, share,
                             done / (now - start), left)  # fmt: skip
-                said = now
+                reported_at = now
 
         summary = writer.finish()
     if summary is None:

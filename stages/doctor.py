@@ -44,12 +44,12 @@ def main(argv: list[str] | None = None) -> None:
             )
         config = load_config(STAGES[stage][0], args.config)
     except ConfigError as error:
-        found: Iterable[Finding] = [Finding("config", FAILED, str(error))]
+        results: Iterable[Finding] = [Finding("config", FAILED, str(error))]
     else:
         from qformer.doctor.examine import examine
 
-        found = examine(config, processes=args.processes, sample=args.sample, trial=not args.quick)
-    findings = list(shown(found, Console(width=None if sys.stdout.isatty() else 120)))
+        results = examine(config, processes=args.processes, sample=args.sample, trial=not args.quick)
+    findings = list(shown(results, Console(width=None if sys.stdout.isatty() else 120)))
     if args.json:
         write_json(args.json, findings)
     failed = sum(finding.status == FAILED for finding in findings)

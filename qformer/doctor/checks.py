@@ -101,20 +101,20 @@ def check_steps(case: Case) -> Verdict:
 
 def check_run_folder(case: Case) -> Verdict:
     run_dir, resume = Path(case.config.run.dir), case.config.train.resume
-    with _heard() as said:  # of damaged checkpoints that are passed over
-        found = resume_from(run_dir, resume)
+    with _warnings() as warned:  # of damaged checkpoints that are passed over
+        checkpoint = resume_from(run_dir, resume)
     here = existing(run_dir)
     try:
         with tempfile.NamedTemporaryFile(dir=here, prefix=".doctor-"):
             pass
     except OSError as error:
         raise ValueError(f"run.dir={run_dir} cannot be written ({error.strerror}: {here}); choose another") from None
-    if found:
-        require_same_parts(case.config, found, case.config.frozen())
-        case.first_step = json.loads((found / STATE).read_text())["step"]
+    if checkpoint:
+        require_same_parts(case.config, checkpoint, case.config.frozen())
+        case.first_step = json.loads((checkpoint / STATE).read_text())["step"]
         if case.first_step > case.config.train.max_steps:
-            raise ValueError(f"{found} is past train.max_steps={case.config.train.max_steps}; raise it")
-        return WARNING if said else OK, "; ".join([f"{run_dir} can be written; goes on from {found.name}", *said])
+            raise ValueError(f"{checkpoint} is past train.max_steps={case.config.train.max_steps}; raise it")
+        return WARNING if warned else OK, "; ".join([f"{run_dir} can be written; goes on from {checkpoint.name}", *warned])
     return OK, f"{run_dir} can be written and holds no run"
 
 
@@ -145,23 +145,23 @@ def check_encoder(case: Case) -> Verdict:
             raise ValueError(_missing_cache(case))
         case.encoder = build_encoder(config.encoder, config.data)
         return OK, f"features from data.features={config.data.features}: {_tokens(case.encoder)}"
-    with _heard() as said:
+    with _warnings() as warned:
         encoder = outline_encoder(config.encoder)
         weights = encoder_weights(config.encoder)
     case.encoder = encoder
-    return _model_verdict(f"{config.encoder.id}: {_tokens(encoder)}", encoder, weights, said)
+    return _model_verdict(f"{config.encoder.id}: {_tokens(encoder)}", encoder, weights, warned)
 
 
 def check_language_model(case: Case) -> Verdict:
     config = case.config.llm
-    with _heard() as said:
+    with _warnings() as warned:
         llm = outline_language_model(config)
         weights = None if config.random_weights else find_weights("llm.id", config.id, config.revision)
     case.llm, facts = llm, llm.facts
     kind = "encoder-decoder" if llm.is_encoder_decoder else "decoder-only"
     end = "none" if facts.line_end_id is None else facts.line_end_id
     probed = f"tokenizer: BOS {facts.bos_ids or 'none'}, pad {facts.pad_id}, line end {end}"
-    return _model_verdict(f"{config.id}: {kind}, {llm.width} wide; {probed}", llm, weights, said)
+    return _model_verdict(f"{config.id}: {kind}, {llm.width} wide; {probed}", llm, weights, warned)
 
 
 def check_tokenizer(case: Case) -> Verdict:
@@ -200,8 +200,8 @@ def check_beginning(case: Case) -> Verdict:
                 return OK, f"{text}, all from {init_from}"
             return OK, f"{text}; {transfer(adapter, tensors, init_from).report(init_from)}"
     if stage1 and config.qformer.init_from is not None:
-        found = find_weights("qformer.init_from", config.qformer.init_from)
-        return OK, f"{text}, from {config.qformer.init_from} ({_fetched(found)})"
+        bert = find_weights("qformer.init_from", config.qformer.init_from)
+        return OK, f"{text}, from {config.qformer.init_from} ({_fetched(bert)})"
     if not stage1:
         return WARNING, f"{text}; stage2.init_from is null: the Q-Former starts from nothing, without stage 1"
     return OK, f"{text}, drawn at random (qformer.init_from is null)"
@@ -258,14 +258,14 @@ def check_captions(case: Case) -> Verdict:
     texts = [text for caption in case.captions if (text := clean_caption(caption))]
     if not texts:
         return FAILED, "none of the records read has a caption: expected a field 'caption'"
-    config, said, worst = case.config, [], OK
+    config, remarks, worst = case.config, [], OK
     if config.stage == "stage1":
         ids = case.tokenizer(texts).input_ids
         limit, key, lengths = config.qformer.max_text_tokens, "qformer.max_text_tokens", [len(row) for row in ids]
         unknown = sum(row.count(case.tokenizer.unk_token_id) for row in ids) / sum(lengths)
         if unknown > UNKNOWN_TOKENS:
             worst = WARNING
-            said.append(f"{unknown:.1%} of their tokens are unknown to qformer.tokenizer: take one of their language")
+            remarks.append(f"{unknown:.1%} of their tokens are unknown to qformer.tokenizer: take one of their language")
     else:
         assert case.llm is not None
         limit, key = config.llm.max_target_tokens, "llm.max_target_tokens"
@@ -274,16 +274,16 @@ def check_captions(case: Case) -> Verdict:
     if cut > CUT_CAPTIONS:
         worst = WARNING
         enough = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]
-        said.append(f"{cut:.1%} are longer than {key}={limit} and would be cut: {enough} holds 99 % of them")
+        remarks.append(f"{cut:.1%} are longer than {key}={limit} and would be cut: {enough} holds 99 % of them")
     distinct = len(set(texts))
     if config.stage == "stage1" and distinct < 0.1 * len(texts):
         worst = WARNING
-        said.append("equal captions are no negatives of each other, so that contrast and matching learn from the rest")
+        remarks.append("equal captions are no negatives of each other, so that contrast and matching learn from the rest")
     shape = (
         f"{len(texts)} captions of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.3g} on average, "
         f"{distinct} of them distinct"
     )
-    return worst, "; ".join([shape, *(said or [f"{key}={limit} holds them"])])
+    return worst, "; ".join([shape, *(remarks or [f"{key}={limit} holds them"])])
 
 
 def check_static_memory(case: Case) -> Verdict:
@@ -319,13 +319,13 @@ def _tokens(encoder: FrozenEncoder) -> str:
     return f"{encoder.num_tokens or 'a varying number of'} tokens of {encoder.width}"
 
 
-def _model_verdict(text: str, model: nn.Module, weights: Weights | None, said: list[str]) -> Verdict:
+def _model_verdict(text: str, model: nn.Module, weights: Weights | None, warned: list[str]) -> Verdict:
     parameters = sum(p.numel() for p in model.parameters())
     if parameters:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         text += f"; {parameters / 1e6:.3g} M parameters, {size(parameter_bytes(model))} in {dtype}"
         text += "; random weights" if weights is None else f"; weights: {_fetched(weights)}"
-    return (WARNING, "; ".join([text, *said])) if said else (OK, text)
+    return (WARNING, "; ".join([text, *warned])) if warned else (OK, text)
 
 
 def _fetched(weights: Weights) -> str:
@@ -349,14 +349,14 @@ def _missing_cache(case: Case) -> str:
 
 
 @contextmanager
-def _heard() -> Iterator[list[str]]:
+def _warnings() -> Iterator[list[str]]:
     """Collect what our own code warns of."""
-    said: list[str] = []
+    warned: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
     ours = logging.getLogger("qformer")
     ours.addHandler(handler)
     try:
-        yield said
+        yield warned
     finally:
         ours.removeHandler(handler)

@@ -29,7 +29,7 @@ TIGHT = 0.85  # share of the memory from which on it is worth a word
 
 
 class Step(NamedTuple):
-    """One forward and backward pass and update: wall time in seconds, memory beside weights and moments, what it found."""
+    """One forward and backward pass and update: wall time in seconds, memory beside weights and moments, its losses."""
 
     records: int
     seconds: float
@@ -112,8 +112,8 @@ def _slope(small: list[Step]) -> float:
 
 
 def _of_step(step: Step, micro: int, chance: dict[str, float], accelerator: Accelerator) -> Finding:
-    found = describe_losses(step.metrics, chance)
-    text = f"{step.records} records forward and back in {step.seconds:.3g} s: {found}, gradient norm {step.gradient_norm:.3g}"
+    losses = describe_losses(step.metrics, chance)
+    text = f"{step.records} records forward and back in {step.seconds:.3g} s: {losses}, gradient norm {step.gradient_norm:.3g}"
     if not all(map(math.isfinite, step.metrics.values())):
         return Finding("step", FAILED, f"{text}; a loss is not finite: try bfloat16 for frozen models of float16")
     if not math.isfinite(step.gradient_norm) and accelerator.scaler is None:
