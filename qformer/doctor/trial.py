@@ -21,6 +21,7 @@ from qformer.data import GlobalBatches, Order, RecordDataset, training_loader
 from qformer.doctor.checks import Case, parameter_bytes, size
 from qformer.doctor.report import FAILED, OK, WARNING, Finding
 from qformer.log import describe_losses
+from qformer.messages import one_line
 from qformer.optim import build_optimizer
 
 SMALL = (2, 4)  # records of the first two steps
@@ -90,8 +91,12 @@ def try_steps(case: Case) -> Iterator[Finding]:
         if fits and micro > last.records and last.seconds * micro / last.records < FULL_STEP_S:
             trial.step(micro)
             last = trial.step(micro)
+    except torch.OutOfMemoryError:
+        full = "the device's memory is full: take smaller frozen models, or bfloat16 for llm.dtype and encoder.dtype"
+        yield Finding("step", FAILED, full)
+        return
     except (ValueError, OSError, RuntimeError) as error:
-        yield Finding("step", FAILED, _one_line(error))
+        yield Finding("step", FAILED, one_line(error, 400))
         return
     yield _of_step(last, micro, trial.model.chance_levels(last.records), trial.accelerator)
     activations = last.activation_bytes if last.records == micro else _activations(small, micro)
@@ -198,9 +203,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the device's memory is full: take smaller frozen models, or bfloat16 for llm.dtype and encoder.dtype"
-    return " ".join(str(error).split())[:400] or type(error).__name__
