@@ -1,6 +1,7 @@
-"""Stage 1: teach a Q-Former which text belongs to which picture (ITC, ITM, ITG), with a frozen encoder.
+"""Stage 1: teach a Q-Former which text belongs to which image (ITC, ITM, ITG), with a frozen encoder.
 
-accelerate launch stages/stage1.py configs/stage1.yaml configs/encoder/eva_g.yaml configs/data/coco.yaml run.dir=runs/s1
+    accelerate launch stages/stage1.py configs/stage1.yaml configs/encoder/eva_g.yaml \\
+        configs/data/coco.yaml run.dir=runs/s1
 """
 
 from qformer.config import Stage1Config, parse_arguments

@@ -1,7 +1,7 @@
 """Stage 2: teach the Q-Former to speak to a frozen language model, from captions alone.
 
-    accelerate launch stages/stage2.py configs/stage2.yaml configs/encoder/eva_g.yaml configs/llm/opt_2.7b.yaml \\
-        configs/data/coco.yaml stage2.init_from=runs/s1/adapter run.dir=runs/s2
+    accelerate launch stages/stage2.py configs/stage2.yaml configs/encoder/eva_g.yaml \\
+        configs/llm/opt_2.7b.yaml configs/data/coco.yaml stage2.init_from=runs/s1/adapter run.dir=runs/s2
 """
 
 from qformer.config import Stage2Config, parse_arguments

@@ -15,7 +15,7 @@ from qformer.config import (
     read_config,
     to_yaml,
 )
-from qformer.config.loading import describe_schema
+from qformer.config.help import EXAMPLES, describe_schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NEEDED = [
@@ -230,7 +230,17 @@ def test_every_key_has_a_meaning(root, needed):
     for section in (f for f in dataclasses.fields(root) if f.name != "stage"):
         for key in dataclasses.fields(section.type):
             assert len(key.metadata["help"]) > 5, key.name
-            assert sum(line.split()[0] == f"{section.name}.{key.name}" for line in lines) == 1
+            assert sum(line.split()[:1] == [f"{section.name}.{key.name}"] for line in lines) == 1
+
+
+@each_root
+def test_help_stands_by_section_in_lines_of_100_columns_with_examples_that_load(root, needed):
+    sections = describe_schema(root).split("\n\n")
+    assert [text.partition(":")[0] for text in sections] == [f.name for f in dataclasses.fields(root)]
+    assert max(len(line) for text in sections for line in text.splitlines()) <= 100
+    examples = {k: v for k, v in EXAMPLES.items() if f"  {k} " in describe_schema(root)}
+    assert len(examples) > 20
+    load_config(root, [*needed, "data.train=[a,b]", *(f"{k}={v}" for k, v in examples.items() if k != "data.train")])
 
 
 def test_no_argument_is_a_mistake_that_shows_the_help(capsys):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from qformer.config.help import describe_schema
 from qformer.config.packaged import config_names, find_config, locate_weights, portable
 from qformer.config.schema import ModelPart, RunPart
 from qformer.messages import nearest
@@ -140,18 +141,6 @@ def parse_arguments(root: type[Part], doc: str, argv: list[str] | None) -> Part:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
-
-
-def describe_schema(root: type) -> str:
-    """Every key with its default and meaning, one line each."""
-    lines = []
-    for name, section in _sections(root).items():
-        for key in dataclasses.fields(section):
-            default = key.default_factory() if callable(key.default_factory) else key.default
-            shown = "required" if default == MISSING else "null" if default is None else default
-            choices = f" [{', '.join(key.metadata['choices'])}]" if key.metadata["choices"] else ""
-            lines.append(f"  {name + '.' + key.name:<36} {shown!s:<20} {key.metadata['help']}{choices}")
-    return "\n".join(lines)
 
 
 def _fragment(argument: str) -> Any:

@@ -23,12 +23,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class RunConfig:
+    """Where a run leaves what it makes, and who else hears of it."""
+
     dir: str = _doc(MISSING, "folder of this run: config, metrics, checkpoints, adapter")
     trackers: list[str] = _doc([], "accelerate trackers that mirror metrics.jsonl, e.g. [tensorboard, wandb]")
 
 
 @dataclass
 class TrainConfig:
+    """How long and how a run trains, and when it saves, logs and validates."""
+
     max_steps: int = _doc(MISSING, "optimizer updates in all", at_least=1)
     seed: int = _doc(0, "seed of initial weights, order, augmentation and dropout", at_least=0)
     resume: str | None = _doc(None, "auto = go on from run.dir's newest checkpoint; or a folder; null = from the start")
@@ -50,6 +54,8 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
+    """The optimizer, AdamW, and its learning rate: linear warm-up, then a cosine."""
+
     lr: float = _doc(1e-4, "peak learning rate")
     min_lr: float = _doc(1e-5, "learning rate at the end of the cosine", at_least=0)
     warmup_steps: int = _doc(2000, "steps of linear warm-up", at_least=0)
@@ -61,6 +67,8 @@ class OptimConfig:
 
 @dataclass
 class DataConfig:
+    """The records, and how they are read."""
+
     train: list[str] = _doc(MISSING, "record files, image folders, WebDataset tars or hub ids (docs/data.md)")
     weights: list[float] = _doc([], "share of each of data.train in what is drawn; empty = every record once an epoch")
     validation: list[str] = _doc([], "held-out records, same forms; empty = no validation")
@@ -88,6 +96,8 @@ class DataConfig:
 
 @dataclass
 class EncoderConfig:
+    """The frozen encoder of images or other signals."""
+
     loader: str = _doc(MISSING, "which library loads it", ("open_clip", "transformers", "features"))
     id: str = _doc("", "open_clip name or local-dir:FOLDER; hub id or folder of transformers")
     pretrained: str | None = _doc(None, "open_clip pretrained tag")
@@ -102,6 +112,8 @@ class EncoderConfig:
 
 @dataclass
 class QFormerConfig:
+    """The Q-Former between encoder and language model."""
+
     init_from: str | None = _doc(None, "BERT-shaped model (hub id or folder) to start from; null = random")
     tokenizer: str = _doc(
         "bert-base-uncased", "BERT tokenizer: hub id or folder; gains [DEC]; '' = none: no text is read"
@@ -127,6 +139,8 @@ class QFormerConfig:
 
 @dataclass
 class Stage1Section:
+    """The three objectives of stage 1."""
+
     init_from: str | None = _doc(None, "adapter folder of stage 1 to continue from; null = begin anew")
     itc: float = _doc(1.0, "weight of image-text contrast", at_least=0)
     itm: float = _doc(1.0, "weight of image-text matching", at_least=0)
@@ -140,6 +154,8 @@ class Stage1Section:
 
 @dataclass
 class LlmConfig:
+    """The frozen language model, and how it is asked."""
+
     id: str = _doc(MISSING, "hub id or folder of a causal or sequence-to-sequence language model of transformers")
     revision: str | None = _doc(None, "revision of the hub id")
     random_weights: bool = _doc(False, "build the architecture without its weights, for trials")
@@ -159,6 +175,8 @@ class LlmConfig:
 
 @dataclass
 class TuneConfig:
+    """What else learns, beside the Q-Former."""
+
     encoder: str = _doc("no", "what of the encoder learns as well, for fine-tuning", ("no", "lora", "full"))
     llm: str = _doc("no", "what of the language model learns as well", ("no", "lora"))
     lora_rank: int = _doc(8, "rank of each LoRA product", at_least=1)
@@ -170,6 +188,8 @@ class TuneConfig:
 
 @dataclass
 class Stage2Section:
+    """How stage 2 begins."""
+
     init_from: str | None = _doc(None, "adapter folder of stage 1; null = a Q-Former from nothing (the ablation)")
     init_share: float = _doc(
         1.0,
