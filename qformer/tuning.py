@@ -32,7 +32,10 @@ def require_tunable(config: ModelPart) -> None:
     """
     tune, has_llm = config.tune, "llm" in config.frozen()
     run = config if isinstance(config, RunPart) else RunPart()
-    learns_encoder, no_llm = tune.encoder != "no", f"{config.stage.replace('stage', 'stage ')} has no language model; remove it"
+    learns_encoder, no_llm = (
+        tune.encoder != "no",
+        f"{config.stage.replace('stage', 'stage ')} has no language model; remove it",
+    )
     problems = [
         (tune.llm != "no" and not has_llm, f"tune.llm={tune.llm}: {no_llm}"),
         (learns_encoder and config.encoder.loader == "features",

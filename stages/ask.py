@@ -8,18 +8,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qformer.inference import load
-from qformer.language import PromptTooLong
-from qformer.launch import reported_errors
+from qformer.config.help import HelpFormatter
+from qformer.environment import prepare_environment
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("adapter", type=Path, help="adapter folder of stage 2")
     parser.add_argument("picture", help="a picture (or a feature file, if the adapter was trained on features)")
     parser.add_argument("question", nargs="*", help="questions; none = a conversation")
     parser.add_argument("--sample", action="store_true", help="sample (nucleus 0.9) instead of beam search")
     args = parser.parse_args(argv)
+    # Only now what imports torch.
+    prepare_environment()
+    from qformer.inference import load
+    from qformer.launch import reported_errors
+
     with reported_errors():
         if not Path(args.picture).is_file():
             raise ValueError(f"no picture {args.picture}")
@@ -39,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _answer(model: Any, picture: str, question: str, turns: list[str], generation: dict[str, Any]) -> str:
     """Answer with the conversation so far before the question; its oldest turns are forgotten when it grows too long."""
+    from qformer.language import PromptTooLong
+
     while True:
         try:
             return model.answer([picture], [question], [" ".join(turns)], **generation)[0]

@@ -1,11 +1,13 @@
-"""Write what the frozen encoder makes of every picture to disk, once, so that training never asks it again.
+"""Write what the frozen encoder makes of every image to disk, so that training never asks it again.
 
-    python stages/cache_features.py configs/encoder/eva_g.yaml configs/data/coco.yaml data.features=cache/coco_eva_g
-    accelerate launch stages/cache_features.py configs/stage1.yaml ... data.features=cache/coco_eva_g --dtype int8
+    python stages/cache_features.py configs/encoder/eva_g.yaml configs/data/coco.yaml \\
+        data.features=cache/coco_eva_g
+    accelerate launch stages/cache_features.py configs/stage1.yaml ... --dtype int8
 
-Takes the config of either stage, of which encoder.*, data.* and train.seed are read, and writes the pictures of
-data.train and data.validation. The same command goes on where it was stopped, with any number of processes. Then train
-with the same data.features=FOLDER and, unless there are --crops, data.augment=false.
+Takes the config of either stage, of which encoder.*, data.* and train.seed are read, and writes the
+images of data.train and data.validation. The same command goes on where it was stopped, with any
+number of processes. Then train with the same data.features=FOLDER and, unless there are --crops,
+data.augment=false.
 Feature files of your own (configs/encoder/features.yaml) become a cache in the same way.
 """
 
@@ -19,6 +21,8 @@ from typing import Any
 from rich.progress import track
 
 from qformer.config import ConfigError, Stage1Config, load_config, named_stage
+from qformer.config.help import HelpFormatter, describe_schema
+from qformer.environment import prepare_environment
 
 logger = logging.getLogger("qformer")
 
@@ -26,7 +30,11 @@ READ = ("encoder", "data")  # of a stage's config; the rest may lack values
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        epilog=describe_schema(Stage1Config, sections=("data", "encoder")),
+    )
     parser.add_argument("config", nargs="+", help="YAML files and key=value overrides of a stage's config")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"), default="bfloat16",
                         help="of what is stored; int8 and float8 with a scale a token, float8 where single channels "
@@ -37,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     config = _config(args.config)
     # Only now what imports torch: a mistake in the config is reported at once.
+    prepare_environment()
     from qformer.build import build_cache_writer
     from qformer.launch import configure_logging, reported_errors, start_accelerator
 

@@ -1,12 +1,15 @@
-"""Turn another library's BLIP-2 checkpoint into an adapter that asks, answers, embeds and trains on here.
+"""Turn another library's BLIP-2 checkpoint into an adapter that answers, embeds and trains on here.
 
     python stages/convert.py --from lavis blip2_pretrained_opt2.7b.pth --out adapter \\
         configs/encoder/eva_g.yaml configs/llm/opt_2.7b.yaml
-    python stages/convert.py --from lavis blip2_pretrained.pth --out adapter configs/encoder/eva_g.yaml
-    python stages/convert.py --from transformers Salesforce/blip2-opt-2.7b --out adapter llm.dtype=float16
+    python stages/convert.py --from lavis blip2_pretrained.pth --out adapter \\
+        configs/encoder/eva_g.yaml
+    python stages/convert.py --from transformers Salesforce/blip2-opt-2.7b --out adapter \\
+        llm.dtype=float16
 
-lavis: a .pth of stage 1, stage 2 or InstructBLIP. Name the frozen parts that it was trained with, as for a run; their
-widths are checked without loading them. An encoder inside the file (fine-tuned ones) is written to OUT/encoder.
+lavis: a .pth of stage 1, stage 2 or InstructBLIP. Name the frozen parts that it was trained with,
+as for a run; their widths are checked without loading them. An encoder inside the file (fine-tuned
+ones) is written to OUT/encoder.
 transformers: folder or hub id of Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval or
 InstructBlipForConditionalGeneration, which stays the place of the frozen parts.
 """
@@ -16,16 +19,14 @@ import resource
 import sys
 from pathlib import Path
 
-from qformer.card import converted_card, stage_name
-from qformer.checkpoint import save_adapter
 from qformer.config import to_yaml
+from qformer.config.help import HelpFormatter
+from qformer.environment import prepare_environment
 from qformer.files import atomic_folder
-from qformer.interop.frozen import filled_adapter
-from qformer.launch import reported_errors
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--from", dest="origin", nargs=2, required=True, metavar=("FORMAT", "SOURCE"),
                         help="lavis FILE, or transformers FOLDER_OR_ID")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="adapter folder to write; must not exist")
@@ -33,6 +34,13 @@ def main(argv: list[str] | None = None) -> None:
                         "default: one for 88 columns as in ViT-g, or else for 64")  # fmt: skip
     parser.add_argument("config", nargs="*", help="YAML files and key=value overrides of the adapter's config")
     args = parser.parse_intermixed_args(argv)
+    # Only now what imports torch.
+    prepare_environment()
+    from qformer.card import converted_card, stage_name
+    from qformer.checkpoint import save_adapter
+    from qformer.interop.frozen import filled_adapter
+    from qformer.launch import reported_errors
+
     library, source = args.origin
     with reported_errors():
         if args.out.exists():

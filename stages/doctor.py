@@ -1,10 +1,10 @@
-"""Check a config on this machine before hours are spent: models, data, disk, memory, one step, and the time to finish.
+"""Check a config on this machine before hours are spent: models, data, disk, memory, one step, time.
 
 python stages/doctor.py configs/shapes/stage1.yaml run.dir=runs/demo/stage1
-python stages/doctor.py configs/stage2.yaml configs/encoder/eva_g.yaml configs/llm/opt_2.7b.yaml configs/data/coco.yaml \\
-    stage2.init_from=runs/s1/adapter run.dir=runs/s2 --processes 16 --json doctor.json
+python stages/doctor.py configs/stage2.yaml configs/encoder/eva_g.yaml configs/llm/opt_2.7b.yaml \\
+    configs/data/coco.yaml stage2.init_from=runs/s1/adapter run.dir=runs/s2 --processes 16
 
-Takes what stages/stage1.py or stage2.py would be given and says of every check "ok",
+Takes what stages/stage1.py or stage2.py would be given and reports of every check "ok",
 "warning" or "FAILED" with the fix. Exit code 2 if one failed. The run folder is left as it is.
 """
 
@@ -16,12 +16,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qformer.config import ConfigError, load_config, named_stage
+from qformer.config import ConfigError, Stage1Config, Stage2Config, load_config, named_stage
+from qformer.config.help import HelpFormatter, describe_schema
 from qformer.doctor.report import FAILED, OK, Finding, shown, write_json
+from qformer.environment import prepare_environment
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter, epilog=describe_schema(Stage1Config, Stage2Config)
+    )
     parser.add_argument("config", nargs="+", help="YAML files and key=value overrides of a stage's config")
     parser.add_argument("--processes", type=int, default=1, help="processes that the run will have (1)")
     parser.add_argument("--sample", type=int, default=256, help="records that are read of each split (256)")
@@ -36,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         stage = named_stage(args.config)
+        prepare_environment()  # only now what imports torch
         from qformer.build import STAGES
 
         if stage not in STAGES:

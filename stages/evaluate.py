@@ -1,23 +1,25 @@
 """Evaluate an adapter, or a file of predictions, on records; alone or over all ranks of a launcher.
 
 python stages/evaluate.py runs/s2/adapter questions.jsonl --json scores.json
-python stages/evaluate.py runs/s2/adapter questions.jsonl --mode text-only       # the language model without the image
-python stages/evaluate.py runs/s2/adapter questions.jsonl --mode oracle-caption  # ... given the caption in its place
-python stages/evaluate.py runs/s2/adapter test.jsonl --submit vqa.json           # what an official server takes
-python stages/evaluate.py --predictions vqa.json questions.jsonl                 # scores without a model
-accelerate launch stages/evaluate.py runs/s2/adapter questions.jsonl --answers answers.jsonl  # begun again, it goes on
+python stages/evaluate.py runs/s2/adapter questions.jsonl --mode text-only      # without the image
+python stages/evaluate.py runs/s2/adapter questions.jsonl --mode oracle-caption # its caption
+python stages/evaluate.py runs/s2/adapter test.jsonl --submit vqa.json          # for a server
+python stages/evaluate.py --predictions vqa.json questions.jsonl                # without a model
+accelerate launch stages/evaluate.py runs/s2/adapter questions.jsonl --answers out.jsonl  # resumes
 """
 
 import argparse
 from pathlib import Path
 
+from qformer.config.help import HelpFormatter
+from qformer.environment import prepare_environment
 from qformer.evaluation import TASKS
 
 
 def main(argv: list[str] | None = None) -> None:
     modes = dict.fromkeys(mode for task in TASKS.values() for mode in task.modes)
     rules = dict.fromkeys(rule for task in TASKS.values() for rule in task.rules)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help="adapter folder, then record files (docs/evaluation.md)"
     )
@@ -35,7 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="as cpu, cuda; default: the accelerator, if there is one")
     parser.add_argument("--num-beams", type=int, help="beams; default: as in the adapter's config")
     args = parser.parse_intermixed_args(argv)
-    from qformer.evaluation.command import evaluate  # only now what is slow to import
+    # Only now what imports torch.
+    prepare_environment()
+    from qformer.evaluation.command import evaluate
     from qformer.launch import reported_errors
 
     with reported_errors():

@@ -1,22 +1,23 @@
-"""Hand a trained adapter on: to transformers as a whole model or a Q-Former, or to a language model server as embeddings.
+"""Hand a trained adapter on: to transformers, or to a language model server as embeddings.
 
-python stages/export.py runs/s2 --to transformers OUT                       # Blip2ForConditionalGeneration, ...
-python stages/export.py runs/s2 OUT --visual-prompts one.jpg two.jpg        # what the language model is shown
+python stages/export.py runs/s2 --to transformers OUT                   # the whole model, ...
+python stages/export.py runs/s2 OUT --visual-prompts one.jpg two.jpg    # what the LLM is shown
 
-The whole model is written where the encoder fits transformers' Blip2VisionModel (EVA-CLIP-g, ViT, MAE, DINOv2), else the
-Q-Former alone; OUT/README.md says how to run it. What was written is loaded by transformers and compared first.
+The whole model is written where the encoder fits transformers' Blip2VisionModel (EVA-CLIP-g, ViT,
+MAE, DINOv2), else the Q-Former alone; OUT/README.md says how to run it. What was written is loaded
+by transformers and compared first.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from qformer.inference import load
-from qformer.launch import reported_errors
+from qformer.config.help import HelpFormatter
+from qformer.environment import prepare_environment
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("adapter", type=Path, help="adapter folder, or the run's folder that holds it")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     kind = parser.add_mutually_exclusive_group(required=True)
@@ -25,6 +26,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="picture that the comparison looks at; default: random pixels")
     parser.add_argument("--prompt", help="text that goes with visual prompts; default: llm.prompt")
     args = parser.parse_args(argv)
+    # Only now what imports torch.
+    prepare_environment()
+    from qformer.inference import load
+    from qformer.launch import reported_errors
+
     with reported_errors():
         if args.out.exists():
             raise ValueError(f"{args.out} exists already; name a folder that does not, or remove it")

@@ -5,11 +5,13 @@
 """
 
 from qformer.config import Stage1Config, parse_arguments
+from qformer.environment import prepare_environment
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(Stage1Config, __doc__, argv)
     # Only now what imports torch: a mistake in the config is reported at once.
+    prepare_environment()
     from qformer.build import build_dataset, build_stage1
     from qformer.launch import configure_logging, reported_errors, start_accelerator
     from qformer.training import fit

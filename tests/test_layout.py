@@ -11,7 +11,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "qformer"
 FLOORS = [
-    ["messages.py", "kernels.py", "text.py", "keys.py"],
+    ["messages.py", "environment.py", "kernels.py", "text.py", "keys.py"],
     ["config/", "files.py", "distributed.py", "layers.py", "parts.py", "lora.py"],
     ["encoders/", "language/", "qformer.py", "objectives.py", "data/", "metrics/", "optim.py", "log.py", "sharding.py"],
     ["models/", "checkpoint.py", "launch.py", "card.py"],
@@ -100,7 +100,7 @@ def test_no_tensor_arithmetic_and_no_long_main_in_stages():
 
 def test_importing_qformer_costs_nothing():
     heavy = ("torch", "transformers", "numpy", "omegaconf", "PIL")
-    code = f"import sys, qformer; print([m for m in {heavy} if m in sys.modules], len(qformer.__all__))"
+    code = f"import os, sys; before = dict(os.environ); import qformer; assert os.environ == before; print([m for m in {heavy} if m in sys.modules], len(qformer.__all__))"
     done = subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(REPO)!r}); {code}"],
                           capture_output=True, text=True, env=dict(os.environ), timeout=60)  # fmt: skip
     assert done.stderr == ""

@@ -96,3 +96,49 @@ def test_shapes_trains_in_an_empty_folder_and_its_adapter_loads_in_any(installed
     monkeypatch.chdir(tmp_path)
     model = qformer.load(adapter)
     assert model.config.qformer.tokenizer == str(REPO / "qformer/shapes/weights/bert")
+
+
+# ---- the start of a stage ----
+
+STAGES = sorted(p.stem for p in (REPO / "stages").glob("[a-z]*.py"))
+WATCH = """
+import importlib.abc, os, runpy, sys
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("torch with", os.environ.get("THP_MEM_ALLOC_ENABLE"))
+            sys.exit(0)
+sys.meta_path.insert(0, Watch())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def started(stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | {"COLUMNS": "300"}
+    command = [sys.executable, "-c", WATCH, str(REPO / f"stages/{stage}.py"), *arguments]
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_comes_without_torch_in_lines_of_100_columns_and_with_an_example(stage):
+    done = started(stage, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "torch with" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert f"stages/{stage}.py " in done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_huge_pages_are_asked_for_before_torch_is_imported(stage, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = {
+        "ask": [str(tmp_path), str(tmp_path / "file")],
+        "convert": ["--from", "lavis", "x.pth", "--out", str(tmp_path / "out")],
+        "evaluate": [str(tmp_path), str(tmp_path / "file")],
+        "export": [str(tmp_path), str(tmp_path / "out"), "--to", "transformers"],
+    }
+    config = ["configs/shapes/stage2.yaml" if stage == "stage2" else "configs/shapes/stage1.yaml", "run.dir=x"]
+    config += [f"data.train=[{tmp_path}]", "data.validation=[]", "data.features=null"]
+    done = started(stage, *arguments.get(stage, config))
+    assert "torch with 1" in done.stdout, done.stderr

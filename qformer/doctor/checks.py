@@ -114,7 +114,9 @@ def check_run_folder(case: Case) -> Verdict:
         case.first_step = json.loads((checkpoint / STATE).read_text())["step"]
         if case.first_step > case.config.train.max_steps:
             raise ValueError(f"{checkpoint} is past train.max_steps={case.config.train.max_steps}; raise it")
-        return WARNING if warned else OK, "; ".join([f"{run_dir} can be written; goes on from {checkpoint.name}", *warned])
+        return WARNING if warned else OK, "; ".join(
+            [f"{run_dir} can be written; goes on from {checkpoint.name}", *warned]
+        )
     return OK, f"{run_dir} can be written and holds no run"
 
 
@@ -265,7 +267,9 @@ def check_captions(case: Case) -> Verdict:
         unknown = sum(row.count(case.tokenizer.unk_token_id) for row in ids) / sum(lengths)
         if unknown > UNKNOWN_TOKENS:
             worst = WARNING
-            remarks.append(f"{unknown:.1%} of their tokens are unknown to qformer.tokenizer: take one of their language")
+            remarks.append(
+                f"{unknown:.1%} of their tokens are unknown to qformer.tokenizer: take one of their language"
+            )
     else:
         assert case.llm is not None
         limit, key = config.llm.max_target_tokens, "llm.max_target_tokens"
@@ -278,7 +282,9 @@ def check_captions(case: Case) -> Verdict:
     distinct = len(set(texts))
     if config.stage == "stage1" and distinct < 0.1 * len(texts):
         worst = WARNING
-        remarks.append("equal captions are no negatives of each other, so that contrast and matching learn from the rest")
+        remarks.append(
+            "equal captions are no negatives of each other, so that contrast and matching learn from the rest"
+        )
     shape = (
         f"{len(texts)} captions of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.3g} on average, "
         f"{distinct} of them distinct"
