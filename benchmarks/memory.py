@@ -24,6 +24,7 @@ from sides.prepare import build as prepare
 from sides.prepare import write_llm
 from torch import Tensor
 
+from qformer.config import EncoderConfig
 from qformer.encoders import load_encoder
 from qformer.language import load_language_model
 from qformer.tuning import checkpoint_activations
@@ -238,9 +239,9 @@ def _measure_loading(task: Task) -> Task:
     if task["kind"] == "language model":
         model: torch.nn.Module = load_language_model(folder)
     elif task["kind"].endswith("transformers"):
-        model = load_encoder("transformers", folder, block=-1)
+        model = load_encoder(EncoderConfig("transformers", folder, block=-1))
     else:
-        model = load_encoder("open_clip", f"local-dir:{folder}", block=-1)
+        model = load_encoder(EncoderConfig("open_clip", f"local-dir:{folder}", block=-1))
     for parameter in model.parameters():
         parameter.sum()  # mapped weights are read when they are first used
     done.set()

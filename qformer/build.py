@@ -51,18 +51,7 @@ def build_encoder(config: EncoderConfig, data: DataConfig | None = None) -> Froz
         manifest = FeatureCache(data.features).manifest
         _require_cache_of(config, data, manifest)
         return PrecomputedFeatures(manifest.features["width"], manifest.features["num_tokens"])
-    return load_encoder(
-        config.loader,
-        config.id,
-        pretrained=config.pretrained,
-        revision=config.revision,
-        block=config.block,
-        image_size=config.image_size,
-        dtype=config.dtype,
-        width=config.width,
-        num_tokens=config.num_tokens,
-        random_weights=config.random_weights,
-    )
+    return load_encoder(config)
 
 
 def build_language_model(config: LlmConfig) -> FrozenLanguageModel:

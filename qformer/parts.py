@@ -1,12 +1,41 @@
-"""Frozen models of transformers, also as a part of a whole checkpoint: BLIP-2 carries its encoder and language model."""
+"""What the frozen models of both sides share: dtypes, where weights lie, and parts of a whole checkpoint of BLIP-2."""
 
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+
+# Names under which a repository holds its weights, the preferred ones first; an index names the files of its shards.
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 WHOLE = ("blip-2", "instructblip")  # model_type of checkpoints with both frozen models inside
+
+
+class WeightSource(NamedTuple):
+    """Where weights come from: the config's key that names them, and a file, folder, hub id or URL.
+
+    `files` are the names that a folder or repository may have them under, the preferred ones first.
+    """
+
+    key: str
+    place: str
+    revision: str | None = None
+    files: tuple[str, ...] = WEIGHT_FILES
+
+
+def torch_dtype(key: str, name: str, known: tuple[str, ...]) -> torch.dtype:
+    """The dtype that a config's `key` names.
+
+    Raises: ValueError when it is not one of the `known` ones, which the schema has.
+    """
+    if name not in known:
+        raise ValueError(f"{key}={name!r}: expected one of {', '.join(known)}")
+    return getattr(torch, name)
 
 
 def load_frozen(

@@ -23,7 +23,7 @@ from tiny import FEATURE_WIDTH, IMAGE_SIDE, WIDTH, Tiny, draw_scene
 import qformer
 from qformer.build import build_dataset, build_stage1
 from qformer.checkpoint import read_adapter
-from qformer.config import Stage1Config, load_config
+from qformer.config import EncoderConfig, Stage1Config, load_config
 from qformer.data import (
     BrokenRecord,
     CacheWriter,
@@ -154,7 +154,7 @@ def test_crops_are_drawn_as_augmentation_is(tiny, pictures, cache, tmp_path):
     arguments = [*tiny.stage1(tmp_path / "s1", *over(pictures, tmp_path / "cache")), "train.seed=7"]
     write_cache(*arguments, *EXACT, "--crops", "3")
     cropped, records = FeatureCache(tmp_path / "cache"), read_records([str(pictures)])
-    encoder = load_encoder("open_clip", tiny.encoder)
+    encoder = load_encoder(EncoderConfig("open_clip", tiny.encoder))
     given = encoder.input_transform
     transform = ImageTransform(given.size, given.mean, given.std, given.interpolation, crop_scale=(0.5, 1.0))
     record = records[1]
@@ -374,7 +374,7 @@ def write_arrays(folder: Path, count: int, longest: int, width: int) -> Path:
 
 def synthetic(folder: Path, count: int, longest: int, width: int, dtype: str = "float32", shard_bytes: float = 1e6):
     records = read_records([str(write_arrays(folder / "arrays", count, longest, width))])
-    encoder = load_encoder("features", "", width=width)
+    encoder = load_encoder(EncoderConfig("features", "", width=width))
     options = {"width": width, "num_tokens": None, "dtype": dtype, "shard_bytes": shard_bytes}
     writer = CacheWriter(folder / "cache", records, ["arrays"], {"loader": "features"}, None, **options)
     writer.begin()

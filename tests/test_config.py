@@ -177,7 +177,7 @@ def test_an_option_is_refused():
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("encoder.loader=openclip", "encoder.loader: 'openclip' is not one of open_clip, transformers, features"),
+        ("encoder.loader=openclip", "encoder.loader: 'openclip' is not one of open_clip, timm, transformers, features"),
         ("train.mixed_precision=fp8", "train.mixed_precision: 'fp8' is not one of no, bf16, fp16"),
         ("encoder.dtype=float64", "encoder.dtype: 'float64' is not one of float32, bfloat16, float16"),
         ("train.global_batch_size=9", "train.global_batch_size: 9 must be a multiple of train.micro_batch_size (4)"),

@@ -18,15 +18,11 @@ from tiny import Tiny, run_stage, write_records
 from qformer.config import LlmConfig, Stage1Config, load_config
 from qformer.doctor.checks import Case, check_device
 from qformer.doctor.trial import Step, Trial, _activations, _of_memory, _of_time
-from qformer.doctor.weights import (
-    FILES,
-    find_weights,
-    outline_encoder,
-    outline_language_model,
-    parameter_bytes,
-    resident_bytes,
-)
+from qformer.doctor.weights import find_weights, parameter_bytes, resident_bytes
+from qformer.encoders import outline_encoder
+from qformer.language import outline_language_model
 from qformer.models import stage1
+from qformer.parts import WEIGHT_FILES, WeightSource
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -173,7 +169,7 @@ def broken(tiny: Tiny, tmp_path_factory) -> Path:
         ("device", "train.mixed_precision=fp16", "fp16 needs a GPU"),
         ("encoder", "encoder.id=local-dir:{broken}/none", "no such folder"),
         ("encoder", "encoder.id=local-dir:{broken}/vit", "the folder has no weights; expected one of model.safetensors"),
-        ("encoder", "encoder.id=ViT-B-33", "nearest: 'ViT-B-32'"),
+        ("encoder", "encoder.id=ViT-B-33", "nearest are ViT-B-32"),
         ("encoder", "encoder.id=ViT-B-32", "encoder.pretrained is missing for 'ViT-B-32'"),
         ("encoder", "data.features={broken}/cache", "write it first with stages/cache_features.py and this config (up to "
          "7.68 kB for 24 records in bfloat16"),
@@ -368,27 +364,27 @@ def test_weights_in_the_cache_on_the_hub_or_nowhere(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"llm\.id='some/model': its weights are not in the cache and the hub cannot be"
     ):
-        find_weights("llm.id", "some/model")
+        find_weights(WeightSource("llm.id", "some/model"))
     (snapshot / "2.safetensors").write_bytes(b"2" * 50)
-    assert find_weights("llm.id", "some/model") == ("some/model in the cache", 150, False)
+    assert find_weights(WeightSource("llm.id", "some/model")) == ("some/model in the cache", 150, False)
 
-    files = [SimpleNamespace(rfilename=name, size=n) for name, n in
+    files = [SimpleNamespace(filename=name, file_size=n, will_download=True) for name, n in
              (("model.safetensors.index.json", 1), ("1.safetensors", 100), ("2.safetensors", 50), ("x.bin", 7))]  # fmt: skip
-    monkeypatch.setattr("qformer.doctor.weights.HfApi.model_info", lambda *a, **k: SimpleNamespace(siblings=files))
-    assert find_weights("llm.id", "other/model") == ("other/model on the hub", 150, True)
+    monkeypatch.setattr("qformer.doctor.weights.snapshot_download", lambda *a, **k: files)
+    assert find_weights(WeightSource("llm.id", "other/model")) == ("other/model on the hub", 150, True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=149))
     with pytest.raises(ValueError, match="set HF_HOME to a larger disk"):
-        find_weights("llm.id", "other/model")
+        find_weights(WeightSource("llm.id", "other/model"))
     files[:] = files[3:]
     with pytest.raises(ValueError, match="the repository has no weights"):
-        find_weights("llm.id", "other/model")
+        find_weights(WeightSource("llm.id", "other/model"))
 
 
 def test_a_folder_that_lacks_a_shard(tmp_path):
-    (tmp_path / FILES[1]).write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    (tmp_path / WEIGHT_FILES[1]).write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
     (tmp_path / "1.safetensors").write_bytes(b"1")
     with pytest.raises(ValueError, match=r"lacks 2\.safetensors \(1 of 2 files\)"):
-        find_weights("llm.id", str(tmp_path))
+        find_weights(WeightSource("llm.id", str(tmp_path)))
 
 
 def test_a_quantised_language_model_is_counted_as_one(tiny):

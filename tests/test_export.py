@@ -27,7 +27,7 @@ from transformers import (
 
 from qformer.build import build_stage1, build_stage2
 from qformer.checkpoint import save_adapter
-from qformer.config import Stage1Config, Stage2Config, load_config, only_model, to_yaml
+from qformer.config import EncoderConfig, Stage1Config, Stage2Config, load_config, only_model, to_yaml
 from qformer.encoders import Features, load_encoder
 from qformer.inference import VisionLanguageModel, load
 from qformer.interop import export as interop_export
@@ -100,7 +100,7 @@ def small_eva(monkeypatch):
 
 
 def check_conversion(arguments: dict[str, Any], tolerance: float = 2e-6, **more: Any) -> None:
-    encoder = load_encoder(**arguments | more)
+    encoder = load_encoder(EncoderConfig(**arguments | more))
     config, tensors = to_blip2_vision(encoder)
     theirs = Blip2VisionModel(Blip2VisionConfig(**config)).eval()
     shake(theirs.post_layernorm)
@@ -148,7 +148,7 @@ def test_a_vision_transformer_of_timm_is_converted(tmp_path):
     ],
 )
 def test_an_encoder_that_does_not_fit_says_why(tmp_path, name, changes, reason):
-    encoder = load_encoder(**of_transformers(tmp_path, name, **changes))
+    encoder = load_encoder(EncoderConfig(**of_transformers(tmp_path, name, **changes)))
     with pytest.raises(DoesNotFit, match=f"^{re.escape(reason)}"):
         to_blip2_vision(encoder)
 
@@ -158,7 +158,7 @@ def test_an_encoder_that_does_not_fit_says_why(tmp_path, name, changes, reason):
     [("eva02_tiny_patch14_224", "token", "has rotary positions"), ("test_vit3", "map", "has no cls_token")],
 )
 def test_towers_of_timm_that_do_not_fit_say_why(tmp_path, name, pool, reason):
-    encoder = load_encoder(**of_timm(tmp_path / "timm", name, pool), image_size=28)
+    encoder = load_encoder(EncoderConfig(**of_timm(tmp_path / "timm", name, pool), image_size=28))
     with pytest.raises(DoesNotFit, match=f"^{reason}"):
         to_blip2_vision(encoder)
 

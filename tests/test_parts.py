@@ -20,6 +20,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from qformer.config import EncoderConfig
 from qformer.encoders import load_encoder
 from qformer.language import EncoderDecoder, load_language_model
 
@@ -88,7 +89,7 @@ def test_the_language_model_is_the_whole_models_own(tiny, tmp_path, text, capfd,
 @pytest.mark.parametrize("config_class", [Blip2Config, InstructBlipConfig])
 def test_the_encoder_is_the_whole_models_own_before_its_last_norm(tiny, tmp_path, config_class, capfd):
     whole = save_whole(tiny, tmp_path, "opt", config_class)
-    encoder = load_encoder("transformers", str(tmp_path), block=-1)
+    encoder = load_encoder(EncoderConfig("transformers", str(tmp_path), block=-1))
     assert "UNEXPECTED" not in capfd.readouterr().err
     pixels = torch.randn(2, 3, IMAGE_SIDE, IMAGE_SIDE)
     tokens = encoder(pixels).tokens
@@ -107,7 +108,7 @@ def test_the_other_parts_are_neither_needed_nor_read(tiny, tmp_path):
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
     for part, load in (
-        ("vision_model", lambda: load_encoder("transformers", str(tmp_path))),
+        ("vision_model", lambda: load_encoder(EncoderConfig("transformers", str(tmp_path)))),
         ("language_model", lambda: load_language_model(str(tmp_path))),
     ):
         stubs = {k: t if k.startswith(f"{part}.") else torch.zeros(1) for k, t in tensors.items()}
@@ -126,13 +127,16 @@ def test_a_part_that_is_missing_or_damaged_is_said(tiny, tmp_path):
     with pytest.raises(
         ValueError, match=r"encoder.id '.*lack 1 tensors of Blip2VisionModel: encoder.layers.1.mlp.fc1.b"
     ):
-        load_encoder("transformers", str(tmp_path))
+        load_encoder(EncoderConfig("transformers", str(tmp_path)))
     with pytest.raises(
         ValueError, match=r"llm.id='.*lack 1 tensors of OPTForCausalLM: model.decoder.layers.0.fc2.bias"
     ):
         load_language_model(str(tmp_path))
     weights.write_bytes(weights.read_bytes()[:5000])
-    for load, key in ((load_language_model, "llm.id"), (lambda f: load_encoder("transformers", f), "encoder.id")):
+    for load, key in (
+        (load_language_model, "llm.id"),
+        (lambda f: load_encoder(EncoderConfig("transformers", f)), "encoder.id"),
+    ):
         with pytest.raises(ValueError, match=rf"{key}.*[Hh]eader"):
             load(str(tmp_path))
 
@@ -143,7 +147,7 @@ def test_a_checkpoint_for_retrieval_has_an_encoder_and_no_language_model(tmp_pat
         image_text_hidden_size=16,
     )  # fmt: skip
     Blip2ForImageTextRetrieval(config).save_pretrained(tmp_path)
-    assert load_encoder("transformers", str(tmp_path), block=-1).width == WIDTH
+    assert load_encoder(EncoderConfig("transformers", str(tmp_path), block=-1)).width == WIDTH
     with pytest.raises(ValueError, match=r"llm.id="):
         load_language_model(str(tmp_path))
 
@@ -176,4 +180,4 @@ def test_random_weights_need_only_the_config_of_the_whole(tiny, tmp_path):
     save_whole(tiny, tmp_path, "untied_t5")
     (tmp_path / "model.safetensors").unlink()
     assert load_language_model(str(tmp_path), random_weights=True).width == WIDTH
-    assert load_encoder("transformers", str(tmp_path), random_weights=True).num_tokens == 5
+    assert load_encoder(EncoderConfig("transformers", str(tmp_path), random_weights=True)).num_tokens == 5

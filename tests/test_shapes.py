@@ -8,6 +8,7 @@ import pytest
 import texts
 from PIL import Image
 
+from qformer.config import EncoderConfig
 from qformer.data import read_records
 from qformer.encoders import load_encoder
 from qformer.language import load_language_model
@@ -140,6 +141,6 @@ def test_the_language_models_answer_when_told(name):
 
 
 def test_the_encoder_is_an_open_clip_folder_and_small():
-    encoder = load_encoder("open_clip", f"local-dir:{WEIGHTS / 'vit'}")
+    encoder = load_encoder(EncoderConfig("open_clip", f"local-dir:{WEIGHTS / 'vit'}"))
     assert (encoder.width, encoder.num_tokens) == (128, 65)
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 12e6

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qformer.build import build_stage1, build_stage2
 from qformer.checkpoint import load_strictly
-from qformer.config import Stage1Config, Stage2Config, load_config
+from qformer.config import EncoderConfig, Stage1Config, Stage2Config, load_config
 from qformer.data import Batch, read_records
 from qformer.data.cache import FeatureCache
 from qformer.data.caching import CacheWriter
@@ -104,7 +104,7 @@ class Stage1Cached(Stage1):
     def __init__(self, folder: Path, task: dict[str, Any]) -> None:
         super().__init__(folder, task)
         self.folder, paths = folder, sorted((folder / "pictures").iterdir())
-        self.encoder = load_encoder("open_clip", task["encoder"], random_weights=True)
+        self.encoder = load_encoder(EncoderConfig("open_clip", task["encoder"], random_weights=True))
         for name, some in (("all", paths), ("tenth", paths[: len(paths) // 10])):
             rows = [{"image": str(path), "image_id": path.stem, "caption": "a"} for path in some]
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

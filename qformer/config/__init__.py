@@ -14,6 +14,8 @@ from qformer.config.loading import (
     to_yaml,
 )
 from qformer.config.schema import (
+    DTYPES,
+    ENCODER_LOADERS,
     DataConfig,
     EncoderConfig,
     LlmConfig,
@@ -29,7 +31,7 @@ from qformer.config.schema import (
 )
 
 __all__ = [
-    "ConfigError", "DataConfig", "EncoderConfig", "LlmConfig", "ModelPart", "QFormerConfig", "RunPart", "Stage1Config",
+    "DTYPES", "ENCODER_LOADERS", "ConfigError", "DataConfig", "EncoderConfig", "LlmConfig", "ModelPart", "QFormerConfig", "RunPart", "Stage1Config",
     "Stage1Part", "Stage1Section", "Stage2Config", "Stage2Part", "Stage2Section", "from_values", "load_config", "model_part",
     "named_stage", "only_model", "parse_arguments", "read_config", "read_section", "read_values", "to_yaml",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ def _doc(
 
 PRECISIONS = ("no", "bf16", "fp16")
 DTYPES = ("float32", "bfloat16", "float16")
+ENCODER_LOADERS = ("open_clip", "timm", "transformers", "features")  # keys of qformer.encoders.LOADERS
 
 
 @dataclass
@@ -98,16 +99,25 @@ class DataConfig:
 class EncoderConfig:
     """The frozen encoder of images or other signals."""
 
-    loader: str = _doc(MISSING, "which library loads it", ("open_clip", "transformers", "features"))
-    id: str = _doc("", "open_clip name or local-dir:FOLDER; hub id or folder of transformers")
-    pretrained: str | None = _doc(None, "open_clip pretrained tag")
-    revision: str | None = _doc(None, "revision of the hub id")
+    loader: str = _doc(MISSING, "which library loads it", ENCODER_LOADERS)
+    id: str = _doc("", "name in open_clip or timm, local-dir:FOLDER or hf-hub:ID; hub id or folder of transformers")
+    pretrained: str | None = _doc(None, "tag of the weights in open_clip or timm, or a file with them")
+    revision: str | None = _doc(None, "revision of the hub id (transformers)")
     random_weights: bool = _doc(False, "build the architecture without its weights, for trials")
-    block: int = _doc(-2, "block whose output is read, before the final norm (-1 last, -2 second last as in the paper)")
+    block: int | None = _doc(
+        None,
+        "block whose output is read, before the final norm (-1 last; null = -2, as in the paper), or a convnet's feature "
+        "map (null = -1)",
+    )
     image_size: int | None = _doc(None, "side in pixels; null = the weights' own")
     dtype: str = _doc("float32", "dtype of the frozen weights", DTYPES)
     width: int | None = _doc(None, "width of precomputed features (loader features only)", at_least=1)
     num_tokens: int | None = _doc(None, "tokens of precomputed features, null if they vary (loader features only)")
+
+    def __post_init__(self) -> None:
+        # Only timm has models that are no vision transformers; for all others null is written out.
+        if self.block is None and self.loader not in (MISSING, "timm"):
+            self.block = -2
 
 
 @dataclass

@@ -32,13 +32,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qformer.config import DTYPES as FLOATS
 from qformer.data.records import BrokenRecord, Record
 from qformer.files import atomic_file
 
 FORMAT_VERSION = 1
 MANIFEST, INDEX, SHARD = "manifest.json", "index.safetensors", "shard-{:05d}.safetensors"
 QUANTIZED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that each can hold
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", *QUANTIZED)}
+DTYPES = {name: getattr(torch, name) for name in (*FLOATS, *QUANTIZED)}
 _TORCH_NAMES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64,

@@ -22,20 +22,12 @@ from qformer.build import build_dataset, build_encoder, build_tokenizer, read_sp
 from qformer.checkpoint import STATE, load_strictly, read_adapter, require_same_parts, run_bytes, transfer
 from qformer.data import RecordDataset, clean_caption
 from qformer.doctor.report import FAILED, OK, WARNING, Finding
-from qformer.doctor.weights import (
-    Weights,
-    encoder_weights,
-    existing,
-    find_weights,
-    outline_encoder,
-    outline_language_model,
-    parameter_bytes,
-    resident_bytes,
-)
-from qformer.encoders import FrozenEncoder
+from qformer.doctor.weights import Weights, existing, find_weights, parameter_bytes, resident_bytes
+from qformer.encoders import FrozenEncoder, encoder_weights, outline_encoder
 from qformer.interop.frozen import empty_adapter
-from qformer.language import FrozenLanguageModel
+from qformer.language import FrozenLanguageModel, outline_language_model
 from qformer.launch import start_accelerator
+from qformer.parts import WeightSource
 from qformer.run_folder import resume_from
 
 CUT_CAPTIONS = 0.01  # share of captions longer than the limit from which on it is worth a word
@@ -149,7 +141,8 @@ def check_encoder(case: Case) -> Verdict:
         return OK, f"features from data.features={config.data.features}: {_tokens(case.encoder)}"
     with _warnings() as warned:
         encoder = outline_encoder(config.encoder)
-        weights = encoder_weights(config.encoder)
+        source = encoder_weights(config.encoder)
+        weights = None if source is None else find_weights(source)
     case.encoder = encoder
     return _model_verdict(f"{config.encoder.id}: {_tokens(encoder)}", encoder, weights, warned)
 
@@ -158,7 +151,7 @@ def check_language_model(case: Case) -> Verdict:
     config = case.config.llm
     with _warnings() as warned:
         llm = outline_language_model(config)
-        weights = None if config.random_weights else find_weights("llm.id", config.id, config.revision)
+        weights = None if config.random_weights else find_weights(WeightSource("llm.id", config.id, config.revision))
     case.llm, facts = llm, llm.facts
     kind = "encoder-decoder" if llm.is_encoder_decoder else "decoder-only"
     end = "none" if facts.line_end_id is None else facts.line_end_id
@@ -202,7 +195,7 @@ def check_beginning(case: Case) -> Verdict:
                 return OK, f"{text}, all from {init_from}"
             return OK, f"{text}; {transfer(adapter, tensors, init_from).report(init_from)}"
     if stage1 and config.qformer.init_from is not None:
-        bert = find_weights("qformer.init_from", config.qformer.init_from)
+        bert = find_weights(WeightSource("qformer.init_from", config.qformer.init_from))
         return OK, f"{text}, from {config.qformer.init_from} ({_fetched(bert)})"
     if not stage1:
         return WARNING, f"{text}; stage2.init_from is null: the Q-Former starts from nothing, without stage 1"

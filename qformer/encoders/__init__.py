@@ -1,9 +1,8 @@
-"""Frozen encoders: pictures, or features computed beforehand, become tokens for the Q-Former."""
+"""Frozen encoders: images, or features computed beforehand, become tokens for the Q-Former."""
 
 from qformer.encoders.frozen import Features, FrozenEncoder, InputTransform
-from qformer.encoders.loading import LOADERS, load_encoder
-from qformer.encoders.of_open_clip import OpenClipEncoder
-from qformer.encoders.of_transformers import CLIP_MEAN, CLIP_STD, TransformersEncoder
+from qformer.encoders.loading import LOADERS, encoder_weights, encoder_width, load_encoder, outline_encoder
+from qformer.encoders.of_transformers import CLIP_MEAN, CLIP_STD
 from qformer.encoders.precomputed import PrecomputedFeatures
 
 __all__ = [
@@ -13,8 +12,9 @@ __all__ = [
     "Features",
     "FrozenEncoder",
     "InputTransform",
-    "OpenClipEncoder",
     "PrecomputedFeatures",
-    "TransformersEncoder",
+    "encoder_weights",
+    "encoder_width",
     "load_encoder",
+    "outline_encoder",
 ]

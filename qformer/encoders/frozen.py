@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,28 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class InputTransform:
-    """How pictures were prepared for the weights: side in pixels, mean and std of RGB in [0, 1], interpolation."""
+    """How images were prepared for the weights: side in pixels, mean and std of RGB in [0, 1], interpolation."""
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
+
+
+def square_transform(values: dict[str, Any], image_size: int | None) -> InputTransform:
+    """The input transform that open_clip and timm keep beside their weights, at `image_size` if that is given.
+
+    Args:
+        values: "size" (height, width) or "input_size" (channels, height, width), "mean", "std" and "interpolation".
+
+    Raises: ValueError when the images are oblong.
+    """
+    height, width = values["size"] if "size" in values else values["input_size"][1:]
+    if image_size is None and height != width:
+        raise ValueError(f"encoder.image_size is {height}x{width} for these weights, expected a square; set one side")
+    # "random" is one of the two by chance, in training.
+    interpolation = {"random": "bicubic"}.get(values["interpolation"], values["interpolation"])
+    return InputTransform(image_size or height, tuple(values["mean"]), tuple(values["std"]), interpolation)
 
 
 class FrozenEncoder(nn.Module, ABC):
@@ -60,15 +76,14 @@ class FrozenEncoder(nn.Module, ABC):
             inputs: `pixel_values` float[B, 3, S, S] after `input_transform`, or features float[B, N, Dv].
             mask: bool[B, N], True = real token; only for precomputed features.
 
-        Raises:
-            ValueError: the pictures or features do not have the shape this encoder takes.
+        Raises: ValueError when the images or features do not have the shape this encoder takes.
         """
         if self.input_transform is not None:
-            assert mask is None, "pictures have no token mask"
-            picture = [3, self.input_transform.size, self.input_transform.size]
-            if list(inputs.shape[1:]) != picture:
-                given = f"pixel_values has shape {list(inputs.shape)}, expected [B, {str(picture)[1:]}"
-                raise ValueError(f"{given}; use the encoder's input_transform, or set encoder.image_size")
+            assert mask is None, "images have no token mask"
+            shape = [3, self.input_transform.size, self.input_transform.size]
+            if list(inputs.shape[1:]) != shape:
+                message = f"pixel_values has shape {list(inputs.shape)}, expected [B, {str(shape)[1:]}"
+                raise ValueError(f"{message}; use the encoder's input_transform, or set encoder.image_size")
         if self.tower is not None:
             inputs = inputs.to(next(self.tower.parameters()).dtype)
         by_weights = nullcontext() if self.learns == "full" else torch.autocast(inputs.device.type, enabled=False)

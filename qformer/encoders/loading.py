@@ -1,59 +1,73 @@
-"""From a config's values to a frozen encoder."""
+"""From a config to a frozen encoder, or to what is known of it without its weights: the loader's own module is asked."""
 
-from collections.abc import Callable
+from typing import Protocol
 
-import torch
-
+from qformer.config import EncoderConfig
+from qformer.encoders import of_open_clip, of_timm, of_transformers, precomputed
+from qformer.encoders.checks import outline
 from qformer.encoders.frozen import FrozenEncoder
-from qformer.encoders.of_open_clip import load_open_clip
-from qformer.encoders.of_transformers import load_transformers
-from qformer.encoders.precomputed import load_features
-from qformer.encoders.request import Request, nearest
+from qformer.messages import nearest
+from qformer.parts import WeightSource
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LOADERS: dict[str, Callable[[Request], FrozenEncoder]] = {
-    "open_clip": load_open_clip,
-    "transformers": load_transformers,
-    "features": load_features,
+
+class Loader(Protocol):
+    """What a module in `LOADERS` has."""
+
+    def load(self, config: EncoderConfig, seed: int = 0) -> FrozenEncoder:
+        """The frozen encoder, cut after `block`, in `dtype`; with `random_weights` drawn from `seed`."""
+
+    def width(self, config: EncoderConfig) -> int:
+        """Dv, without a weight being read."""
+
+    def weights(self, config: EncoderConfig) -> WeightSource | None:
+        """Where the weights come from; None where there are none."""
+
+
+LOADERS: dict[str, Loader] = {
+    "open_clip": of_open_clip,
+    "timm": of_timm,
+    "transformers": of_transformers,
+    "features": precomputed,
 }
 
 
-def load_encoder(
-    loader: str,
-    id: str,
-    *,
-    pretrained: str | None = None,
-    revision: str | None = None,
-    block: int = -2,
-    image_size: int | None = None,
-    dtype: str = "float32",
-    width: int | None = None,
-    num_tokens: int | None = None,
-    random_weights: bool = False,
-    seed: int = 0,
-) -> FrozenEncoder:
+def load_encoder(config: EncoderConfig, seed: int = 0) -> FrozenEncoder:
     """Load a frozen encoder; of a two-tower model only the vision tower is kept.
 
     Args:
-        loader: a key of `LOADERS`.
-        id: open_clip name, `local-dir:FOLDER` or `hf-hub:ID`; hub id or folder of transformers, a whole BLIP-2 too; not
-            read for features.
-        pretrained: open_clip's tag of the weights, or a file.
-        revision: of a hub id of transformers.
-        block: Python index of the block whose output is taken, before the final norm; later blocks are cut off.
-        image_size: side in pixels, None = the weights' own; another one interpolates the position embeddings.
-        dtype: of the frozen weights.
-        width, num_tokens: Dv and N of precomputed features, N None if it varies.
-        random_weights, seed: the architecture without its weights, for trials; the global generator stays as it was.
+        config: `encoder.*`; the later blocks than `block` are cut off, another `image_size` than the weights' own
+            interpolates the position embeddings.
+        seed: of `random_weights`; the global generator stays as it was.
 
-    Raises:
-        ValueError: an unknown loader, dtype, id, tag, block or size, or weights that cannot be reached.
+    Raises: ValueError when a loader, dtype, id, tag, block or size is unknown, or weights cannot be reached.
 
     Source: BLIP-2, section 3.3 (second-last block).
     """
-    if loader not in LOADERS:
-        raise ValueError(f"encoder.loader '{loader}' is unknown; {nearest(loader, LOADERS)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"encoder.dtype '{dtype}' is unknown; expected one of {sorted(DTYPES)}")
-    arguments = (pretrained, revision, block, image_size, DTYPES[dtype], width, num_tokens, random_weights, seed)
-    return LOADERS[loader](Request(loader, id, *arguments))
+    return _loader(config).load(config, seed)
+
+
+def outline_encoder(config: EncoderConfig) -> FrozenEncoder:
+    """The encoder on the meta device: sizes without weights and without memory.
+
+    Raises: ValueError as `load_encoder` does.
+    """
+    return outline(_loader(config).load, config)
+
+
+def encoder_width(config: EncoderConfig) -> int:
+    """Dv of the encoder that `encoder.*` names, without its weights.
+
+    Raises: ValueError when its own config cannot be reached.
+    """
+    return _loader(config).width(config)
+
+
+def encoder_weights(config: EncoderConfig) -> WeightSource | None:
+    """Where the weights that `encoder.*` names come from; None where there are none to load."""
+    return None if config.random_weights else _loader(config).weights(config)
+
+
+def _loader(config: EncoderConfig) -> Loader:
+    if config.loader not in LOADERS:
+        raise ValueError(f"encoder.loader '{config.loader}' is unknown; {nearest(config.loader, LOADERS)}")
+    return LOADERS[config.loader]

@@ -6,8 +6,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from qformer.encoders.frozen import Features, FrozenEncoder, InputTransform, block_index
-from qformer.encoders.request import Request, nearest, seeded
+from qformer.config import DTYPES, EncoderConfig
+from qformer.encoders.checks import check_unset, errors_named, outline, seeded
+from qformer.encoders.frozen import Features, FrozenEncoder, block_index, square_transform
+from qformer.messages import nearest
+from qformer.parts import WEIGHT_FILES, WeightSource, torch_dtype
 
 
 @final
@@ -37,7 +40,7 @@ class OpenClipEncoder(FrozenEncoder):
             raise ValueError(f"encoder.id names a {type(trunk).__name__}, expected a vision transformer: 'ViT-L-14'")
         tap = block_index(block, len(blocks))
         trunk.prune_intermediate_layers([tap], prune_norm=True, prune_head=True)
-        super().__init__(visual, width, patches + prefix_tokens, _open_clip_transform(visual.preprocess_cfg))
+        super().__init__(visual, width, patches + prefix_tokens, square_transform(visual.preprocess_cfg, None))
         taken = {"indices": [tap], "stop_early": True, "intermediates_only": True, "output_fmt": "NLC"}
         self._arguments = {**taken, "output_extra_tokens": prefix_tokens > 0}
 
@@ -50,48 +53,78 @@ class OpenClipEncoder(FrozenEncoder):
         return Features(tokens, None)
 
 
-def load_open_clip(request: Request) -> OpenClipEncoder:
-    """Load `request` with open_clip."""
+def load(config: EncoderConfig, seed: int = 0) -> OpenClipEncoder:
+    """The vision tower that `encoder.*` names.
+
+    Raises: ValueError when the name or tag is unknown, or weights cannot be reached or do not fit.
+    """
     import open_clip
 
-    request.check_unset("revision", "width", "num_tokens")
-    name, pretrained, random_weights = request.id, request.pretrained, request.random_weights
-    quick_gelu = False
-    if name.startswith(("local-dir:", "hf-hub:")):
-        request.check_unset("pretrained")
-        if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
-            raise ValueError(f"encoder.id '{name}': no such folder; expected one with an open_clip_config.json")
-    else:
-        name = name.replace("/", "-")
-        if name not in open_clip.list_models():
-            raise ValueError(f"encoder.id '{name}' is no model of open_clip; {nearest(name, open_clip.list_models())}")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained is None and not random_weights:
-            raise ValueError(f"encoder.pretrained is missing for '{name}'; expected one of {tags} or a file")
-        if pretrained is not None:
-            if not open_clip.is_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
-                known = nearest(pretrained, tags)
-                raise ValueError(f"encoder.pretrained '{pretrained}' is no tag of '{name}' and no file; {known}")
-            # open_clip only warns where weights trained with QuickGELU meet a model without it: ViT-L-14, openai.
-            quick_gelu = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
-    with request.errors_named(), seeded(request.seed):
+    check_unset(config, "revision", "width", "num_tokens")
+    dtype = torch_dtype("encoder.dtype", config.dtype, DTYPES)
+    name = _name(config)
+    # open_clip only warns where weights trained with QuickGELU meet a model without it: ViT-L-14, openai.
+    tagged = open_clip.get_pretrained_cfg(name, config.pretrained) if config.pretrained else {}
+    with errors_named(config), seeded(seed):
         model = open_clip.create_model(
             name,
-            pretrained=None if random_weights else pretrained,
-            load_weights=not random_weights,
-            require_pretrained=not random_weights,
+            pretrained=None if config.random_weights else config.pretrained,
+            load_weights=not config.random_weights,
+            require_pretrained=not config.random_weights,
             pretrained_text=False,
-            force_quick_gelu=quick_gelu,
-            force_image_size=request.image_size,
+            force_quick_gelu=bool(tagged.get("quick_gelu")),
+            force_image_size=config.image_size,
             device=torch.get_default_device(),  # the meta device where only the sizes are wanted
         )
-    return OpenClipEncoder(model.visual.to(request.dtype), block=request.block)
+    assert config.block is not None
+    return OpenClipEncoder(model.visual.to(dtype), block=config.block)
 
 
-def _open_clip_transform(preprocess: dict[str, Any]) -> InputTransform:
-    height, width = preprocess["size"]
-    if height != width:
-        raise ValueError(f"encoder.image_size is {height}x{width} for these weights, expected a square; set one side")
-    # "random" is one of the two by chance, in training.
-    interpolation = {"random": "bicubic"}.get(preprocess["interpolation"], preprocess["interpolation"])
-    return InputTransform(height, tuple(preprocess["mean"]), tuple(preprocess["std"]), interpolation)
+def width(config: EncoderConfig) -> int:
+    """Dv, from the tower without its weights."""
+    return outline(load, config).width
+
+
+def weights(config: EncoderConfig) -> WeightSource:
+    """The folder, repository, file or address of the weights; a file that was downloaded before stands for its address."""
+    import open_clip
+
+    name = _name(config)
+    place = name.partition(":")[2]
+    if place:
+        return WeightSource("encoder.id", place)
+    assert config.pretrained is not None
+    if Path(config.pretrained).is_file():
+        return WeightSource("encoder.pretrained", config.pretrained)
+    source: dict[str, Any] = open_clip.get_pretrained_cfg(name, config.pretrained)
+    if source.get("hf_hub"):
+        repository, _, file = source["hf_hub"].rpartition("/")
+        return WeightSource("encoder.pretrained", repository, files=(file,) if file else WEIGHT_FILES)
+    cached = Path("~/.cache/clip").expanduser() / Path(source["url"]).name
+    return WeightSource("encoder.pretrained", str(cached) if cached.is_file() else source["url"])
+
+
+def _name(config: EncoderConfig) -> str:
+    """`encoder.id` as open_clip spells it; `local-dir:` and `hf-hub:` stay.
+
+    Raises: ValueError when there is no such folder, name, tag or file.
+    """
+    import open_clip
+
+    if config.id.startswith(("local-dir:", "hf-hub:")):
+        check_unset(config, "pretrained")
+        kind, _, place = config.id.partition(":")
+        if kind == "local-dir" and not Path(place).is_dir():
+            raise ValueError(f"encoder.id '{config.id}': no such folder; expected one with an open_clip_config.json")
+        return config.id
+    name, pretrained = config.id.replace("/", "-"), config.pretrained
+    if name not in open_clip.list_models():
+        near = nearest(name, open_clip.list_models(), count=3)
+        raise ValueError(f"encoder.id '{name}' is no model of open_clip; {near}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None and not config.random_weights:
+        raise ValueError(f"encoder.pretrained is missing for '{name}'; expected one of {tags} or a file")
+    if pretrained is not None and not open_clip.is_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
+        near = nearest(pretrained, tags, count=3)
+        raise ValueError(f"encoder.pretrained '{pretrained}' is no tag of '{name}' and no file; {near}")
+    return name

@@ -8,9 +8,11 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from qformer.config import DTYPES, EncoderConfig
+from qformer.encoders.checks import check_unset, errors_named, seeded
 from qformer.encoders.frozen import Features, FrozenEncoder, InputTransform, block_index
-from qformer.encoders.request import Request, nearest, seeded
-from qformer.parts import WHOLE, load_frozen
+from qformer.messages import nearest
+from qformer.parts import WHOLE, WeightSource, load_frozen, torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,10 @@ class TransformersEncoder(FrozenEncoder):
         """
         config, side = tower.config, input_transform.size
         _check_family(config.model_type)
-        # DINO fits its positions to any picture; the others have to be told.
-        told = side != config.image_size and "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+        # DINO fits its positions to any image; the others have to be asked.
+        interpolated = (
+            side != config.image_size and "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+        )
         # The one list as long as the model is deep, wherever the version of transformers at hand keeps it.
         stacks = [name for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
         stacks = [name for name in stacks if len(tower.get_submodule(name)) == config.num_hidden_layers]
@@ -56,7 +60,7 @@ class TransformersEncoder(FrozenEncoder):
         num_tokens = (side // config.patch_size) ** 2 + _PREFIX_TOKENS[config.model_type](config)
         super().__init__(tower, config.hidden_size, num_tokens, input_transform)
         self._tapped_block = f"{stacks[0]}.{tap}"
-        self._arguments = {"interpolate_pos_encoding": True} if told else {}
+        self._arguments = {"interpolate_pos_encoding": True} if interpolated else {}
 
     def encode(self, inputs: Tensor, mask: Tensor | None) -> Features:
         # A hook, because last_hidden_state is normed in some families and hidden_states keeps every block's output.
@@ -70,35 +74,53 @@ class TransformersEncoder(FrozenEncoder):
         return Features(output if isinstance(output, Tensor) else output[0], None)
 
 
-def load_transformers(request: Request) -> TransformersEncoder:
-    """Load `request` with transformers; of a whole checkpoint only the vision model is read."""
-    from transformers import AutoConfig, AutoModel, Blip2VisionModel, InstructBlipVisionModel
+def load(config: EncoderConfig, seed: int = 0) -> TransformersEncoder:
+    """The vision model that `encoder.*` names; of a whole checkpoint nothing else is read.
 
-    request.check_unset("pretrained", "width", "num_tokens")
-    if request.id.startswith(("/", ".", "~")) and not Path(request.id).is_dir():
-        raise ValueError(f"encoder.id '{request.id}': no such folder; expected one with a config.json")
-    with request.errors_named():
-        config = AutoConfig.from_pretrained(request.id, revision=request.revision)
-    part = "vision_model" if config.model_type in WHOLE else None
-    if part or config.model_type in ("clip", "siglip"):
-        config = config.vision_config
-    _check_family(config.model_type)
-    block_index(request.block, config.num_hidden_layers)
+    Raises: ValueError when it cannot be reached, is of a foreign family, has no such block, or lacks weights.
+    """
+    from transformers import AutoModel, Blip2VisionModel, InstructBlipVisionModel
+
+    check_unset(config, "pretrained", "width", "num_tokens")
+    dtype = torch_dtype("encoder.dtype", config.dtype, DTYPES)
+    vision, part = _vision_config(config)
+    assert config.block is not None
+    block_index(config.block, vision.num_hidden_layers)
     # AutoModel does not know these two.
     towers = {"blip_2_vision_model": Blip2VisionModel, "instructblip_vision_model": InstructBlipVisionModel}
-    kind: Any = towers.get(config.model_type, AutoModel)
-    with request.errors_named(), seeded(request.seed):
-        if request.random_weights:
-            tower = (
-                AutoModel.from_config(config, dtype=request.dtype)
-                if kind is AutoModel
-                else kind(config).to(request.dtype)
-            )
+    kind: Any = towers.get(vision.model_type, AutoModel)
+    with errors_named(config), seeded(seed):
+        if config.random_weights:
+            tower = AutoModel.from_config(vision, dtype=dtype) if kind is AutoModel else kind(vision).to(dtype)
         else:
             # A classifier's checkpoint has no pooler, and nothing here reads it.
-            options: dict[str, Any] = {"may_lack": r"pooler\..*", "revision": request.revision, "dtype": request.dtype}
-            tower = load_frozen(kind, request.id, config, part, **options)
-    return TransformersEncoder(tower, _processor_transform(request, config.image_size), block=request.block)
+            options: dict[str, Any] = {"may_lack": r"pooler\..*", "revision": config.revision, "dtype": dtype}
+            tower = load_frozen(kind, config.id, vision, part, **options)
+    return TransformersEncoder(tower, _processor_transform(config, vision.image_size), block=config.block)
+
+
+def width(config: EncoderConfig) -> int:
+    """Dv, from the model's own config."""
+    return _vision_config(config)[0].hidden_size
+
+
+def weights(config: EncoderConfig) -> WeightSource:
+    """The folder or repository that `encoder.id` names."""
+    return WeightSource("encoder.id", config.id, config.revision)
+
+
+def _vision_config(config: EncoderConfig) -> tuple[Any, str | None]:
+    """The vision model's own config, and its name within a whole checkpoint of BLIP-2."""
+    from transformers import AutoConfig
+
+    if config.id.startswith(("/", ".", "~")) and not Path(config.id).is_dir():
+        raise ValueError(f"encoder.id '{config.id}': no such folder; expected one with a config.json")
+    with errors_named(config):
+        theirs = AutoConfig.from_pretrained(config.id, revision=config.revision)
+    part = "vision_model" if theirs.model_type in WHOLE else None
+    vision = theirs.vision_config if part or theirs.model_type in ("clip", "siglip") else theirs
+    _check_family(vision.model_type)
+    return vision, part
 
 
 def _check_family(model_type: str) -> None:
@@ -106,23 +128,25 @@ def _check_family(model_type: str) -> None:
         raise ValueError("encoder.id names a NaFlex SigLIP 2; use a fixed-size one: google/siglip2-so400m-patch14-224")
     if model_type not in _PREFIX_TOKENS:
         known = ["clip", "siglip", *WHOLE, *_PREFIX_TOKENS]
-        raise ValueError(f"encoder.id names a '{model_type}', expected one of {known}; {nearest(model_type, known)}")
+        raise ValueError(
+            f"encoder.id names a '{model_type}', expected one of {known}; {nearest(model_type, known, count=3)}"
+        )
 
 
-def _processor_transform(request: Request, weights_size: int) -> InputTransform:
+def _processor_transform(config: EncoderConfig, weights_size: int) -> InputTransform:
     # The plain dictionary: an image processor object may need torchvision.
     from transformers.image_processing_base import ImageProcessingMixin
 
     values: dict[str, Any] = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3}
     try:
-        found, _ = ImageProcessingMixin.get_image_processor_dict(request.id, revision=request.revision)
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(config.id, revision=config.revision)
     except OSError:
-        found = {}
-    if absent := sorted(values.keys() - found.keys()):
-        logger.warning("encoder.id '%s' has no %s for its pictures; those of CLIP are used", request.id, absent)
-    values |= found
+        settings = {}
+    if absent := sorted(values.keys() - settings.keys()):
+        logger.warning("encoder.id '%s' has no %s for its images; those of CLIP are used", config.id, absent)
+    values |= settings
     size = (values.get("do_center_crop", True) and values.get("crop_size")) or values.get("size") or weights_size
     if isinstance(size, dict):
         size = size["height"] if "height" in size else size["shortest_edge"]
     mean, std = tuple(values["image_mean"]), tuple(values["image_std"])
-    return InputTransform(request.image_size or size, mean, std, _PIL_RESAMPLING[values["resample"]])
+    return InputTransform(config.image_size or size, mean, std, _PIL_RESAMPLING[values["resample"]])

@@ -5,13 +5,15 @@ from typing import final
 import torch
 from torch import Tensor
 
+from qformer.config import DTYPES, EncoderConfig
+from qformer.encoders.checks import check_unset
 from qformer.encoders.frozen import Features, FrozenEncoder
-from qformer.encoders.request import Request
+from qformer.parts import torch_dtype
 
 
 @final
 class PrecomputedFeatures(FrozenEncoder):
-    """Features computed elsewhere, passed through with their mask: cached pictures, audio, proteins, point clouds."""
+    """Features computed elsewhere, passed through with their mask: cached images, audio, proteins, point clouds."""
 
     def __init__(self, width: int, num_tokens: int | None = None) -> None:
         super().__init__(None, width, num_tokens, None)
@@ -28,13 +30,26 @@ class PrecomputedFeatures(FrozenEncoder):
                 raise ValueError(
                     f"some features have fewer than encoder.num_tokens={self.num_tokens} rows; set it to null"
                 )
-            mask = None  # as of an encoder of pictures
+            mask = None  # as of an encoder of images
         return Features(inputs, mask)
 
 
-def load_features(request: Request) -> PrecomputedFeatures:
-    """The sizes that `request` names."""
-    request.check_unset("pretrained", "revision", "image_size")
-    if request.width is None:
+def load(config: EncoderConfig, seed: int = 0) -> PrecomputedFeatures:
+    """The sizes that `encoder.*` names.
+
+    Raises: ValueError when the width is missing, or a key is set that belongs to a model.
+    """
+    check_unset(config, "pretrained", "revision", "image_size")
+    torch_dtype("encoder.dtype", config.dtype, DTYPES)
+    return PrecomputedFeatures(width(config), config.num_tokens)
+
+
+def width(config: EncoderConfig) -> int:
+    """Dv, as the config has it."""
+    if config.width is None:
         raise ValueError("encoder.width is missing; loader 'features' needs the width of the precomputed features")
-    return PrecomputedFeatures(request.width, request.num_tokens)
+    return config.width
+
+
+def weights(config: EncoderConfig) -> None:
+    """There are none."""

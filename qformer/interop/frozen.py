@@ -1,52 +1,15 @@
-"""What a config's frozen parts are like, from their own configs and without a weight, and the adapter between them."""
+"""The adapter of a config, empty on the meta device or filled from a checkpoint, between frozen parts of its widths."""
 
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from qformer.config import EncoderConfig, LlmConfig
+from qformer.encoders import encoder_width
 from qformer.interop.keys import Imported
-from qformer.messages import one_line
+from qformer.language import language_width
 from qformer.models import Stage1Adapter, Stage2Adapter
 from qformer.qformer import QFormer
-
-
-def encoder_width(config: EncoderConfig) -> int:
-    """Dv of the encoder that `encoder.*` names.
-
-    Raises: ValueError when its config cannot be reached.
-    """
-    if config.loader == "features":
-        assert config.width is not None
-        return config.width
-    if config.loader == "transformers":
-        found = _auto_config("encoder.id", config.id, config.revision)
-        return (found.vision_config if "vision_config" in found.sub_configs else found).hidden_size
-    import open_clip
-    import timm
-
-    try:
-        given = open_clip.get_model_config(config.id if ":" in config.id else config.id.replace("/", "-"))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"encoder.id={config.id!r}: its config cannot be reached ({one_line(error)})") from None
-    if given is None:
-        raise ValueError(f"encoder.id={config.id!r} is no model of open_clip; see open_clip.list_models()")
-    vision = given["vision_cfg"]
-    if "timm_model_name" in vision:
-        with torch.device("meta"):
-            tower: Any = timm.create_model(vision["timm_model_name"])
-        return tower.embed_dim
-    return vision.get("width", 768)  # open_clip's own default
-
-
-def language_width(config: LlmConfig) -> int:
-    """Dl of the language model that `llm.*` names: the width of its input embeddings.
-
-    Raises: ValueError when its config cannot be reached.
-    """
-    text = _auto_config("llm.id", config.id, config.revision, config.trust_remote_code).get_text_config()
-    return text.word_embed_proj_dim if text.model_type == "opt" else text.hidden_size
 
 
 def require_encoder_width(config: EncoderConfig, width: int, of: str) -> None:
@@ -112,13 +75,3 @@ def filled_adapter(imported: Imported) -> Stage1Adapter | Stage2Adapter:
             f"the config does not fit the checkpoint ({reason}); leave the sizes in qformer.* out"
         ) from None
     return adapter
-
-
-def _auto_config(key: str, id: str, revision: str | None, trust_remote_code: bool = False) -> Any:
-    try:
-        return AutoConfig.from_pretrained(id, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{key}={id!r}: its config cannot be reached ({one_line(error)}); give a folder, or a hub id that can be "
-            "reached or is in the cache"
-        ) from None

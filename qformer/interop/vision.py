@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qformer.encoders import FrozenEncoder, OpenClipEncoder, PrecomputedFeatures, TransformersEncoder
+from qformer.encoders import FrozenEncoder
 
 Table = Mapping[str, tuple[str, ...]]
 CLASS, POSITIONS, PATCHES = (f"embeddings.{n}" for n in ("class_embedding", "position_embedding", "patch_embedding"))
@@ -56,9 +56,9 @@ class Family:
         Raises: DoesNotFit naming what is missing, or there and not in the tables.
         """
         numbers = {m[1] for name in theirs if (m := re.match(self.block.replace(".", r"\.").format(r"(\d+)"), name))}
-        found, read = dict[str, Tensor](), set[str]()
+        converted, read = dict[str, Tensor](), set[str]()
         for target, sources in self.names.items():
-            found[target] = _stack(theirs, "", sources, read)
+            converted[target] = _stack(theirs, "", sources, read)
         for number in sorted(numbers, key=int):
             prefix = self.block.format(number)
             for target, sources in self.block_names.items():
@@ -69,11 +69,11 @@ class Family:
                 if scale in theirs:
                     tensor = theirs[scale].reshape(-1, *[1] * (tensor.dim() - 1)) * tensor
                     read.add(scale)
-                found[BLOCK.format(number) + target] = tensor
+                converted[BLOCK.format(number) + target] = tensor
         unknown = [name for name in theirs if name not in read and not re.fullmatch(self.unread, name)]
         if unknown:
             raise DoesNotFit(f"has {unknown[0]}, for which Blip2VisionModel has no place")
-        return found
+        return converted
 
 
 def _stack(theirs: Mapping[str, Tensor], prefix: str, sources: tuple[str, ...], read: set[str]) -> Tensor:
@@ -87,9 +87,11 @@ def _stack(theirs: Mapping[str, Tensor], prefix: str, sources: tuple[str, ...], 
 
 def _modules(**pairs: str | tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Weight and bias of modules; __ stands for the dot in our names."""
-    given = {ours.replace("__", "."): (t,) if isinstance(t, str) else t for ours, t in pairs.items()}
+    modules = {ours.replace("__", "."): (t,) if isinstance(t, str) else t for ours, t in pairs.items()}
     return {
-        f"{o}.{kind}": tuple(f"{t}.{kind}" for t in names) for o, names in given.items() for kind in ("weight", "bias")
+        f"{o}.{kind}": tuple(f"{t}.{kind}" for t in names)
+        for o, names in modules.items()
+        for kind in ("weight", "bias")
     }
 
 
@@ -155,18 +157,11 @@ WHY_NOT = {
 
 
 def to_blip2_vision(encoder: FrozenEncoder) -> Converted:
-    """The encoder up to its tapped block as a Blip2VisionModel, its positions those of its own picture size.
+    """The encoder up to its tapped block as a Blip2VisionModel, its positions those of its own image size.
 
     Raises: DoesNotFit with the reason.
     """
-    if isinstance(encoder, PrecomputedFeatures):
-        raise DoesNotFit("is not there: the features are precomputed")
-    if isinstance(encoder, TransformersEncoder):
-        heads, activation, eps, tensors = _of_transformers(encoder)
-    elif isinstance(encoder, OpenClipEncoder):
-        heads, activation, eps, tensors = _of_open_clip(encoder)
-    else:
-        raise DoesNotFit(f"is a {type(encoder).__name__}, which no table covers")
+    heads, activation, eps, tensors = _converted(encoder)
     assert encoder.input_transform is not None
     side = encoder.input_transform.size
     width, _, patch_height, patch_width = tensors[f"{PATCHES}.weight"].shape
@@ -187,7 +182,28 @@ def to_blip2_vision(encoder: FrozenEncoder) -> Converted:
     return Converted(config, {name: t.detach().cpu().contiguous() for name, t in tensors.items()})
 
 
-def _of_transformers(encoder: TransformersEncoder) -> tuple[int, str, float, dict[str, Tensor]]:
+def _converted(encoder: FrozenEncoder) -> tuple[int, str, float, dict[str, Tensor]]:
+    """Heads, activation, eps of the norms and tensors; which table is read follows from what the tower is."""
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer as OpenClipVisionTransformer
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+    from transformers import PreTrainedModel
+
+    tower: Any = encoder.tower
+    if tower is None:
+        raise DoesNotFit("is not there: the features are precomputed")
+    if isinstance(tower, PreTrainedModel):
+        return _of_transformers(encoder)
+    if isinstance(tower, OpenClipVisionTransformer):
+        raise DoesNotFit(WHY_NOT["clip_vision_model"])
+    trunk: Any = tower.trunk if isinstance(tower, TimmModel) else tower
+    if isinstance(trunk, (Eva, TimmVisionTransformer)):
+        return _of_timm(trunk)
+    raise DoesNotFit(f"is a {type(trunk).__name__}, which no table covers")
+
+
+def _of_transformers(encoder: FrozenEncoder) -> tuple[int, str, float, dict[str, Tensor]]:
     tower: Any = encoder.tower
     config = tower.config
     if config.model_type not in FAMILIES:
@@ -197,7 +213,7 @@ def _of_transformers(encoder: TransformersEncoder) -> tuple[int, str, float, dic
     assert encoder.num_tokens is not None
     side = encoder.input_transform.size
     (positions,) = family.names[POSITIONS]
-    # Whatever the tower does for pictures of this side at every call is done once; it reads only the shape of these.
+    # Whatever the tower does for images of this side at every call is done once; it reads only the shape of these.
     tokens = torch.empty(1, encoder.num_tokens, encoder.width, device="meta")
     with torch.no_grad():
         fitted = tower.embeddings.interpolate_pos_encoding(tokens, side, side)
@@ -205,21 +221,16 @@ def _of_transformers(encoder: TransformersEncoder) -> tuple[int, str, float, dic
     return config.num_attention_heads, config.hidden_act, config.layer_norm_eps, tensors
 
 
-def _of_open_clip(encoder: OpenClipEncoder) -> tuple[int, str, float, dict[str, Tensor]]:
-    from open_clip.timm_model import TimmModel
+def _of_timm(trunk: Any) -> tuple[int, str, float, dict[str, Tensor]]:
     from timm.models.eva import Eva, EvaBlock
     from timm.models.vision_transformer import Block
-    from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
-    tower: Any = encoder.tower
-    if not isinstance(tower, TimmModel):
-        raise DoesNotFit(WHY_NOT["clip_vision_model"])
-    trunk: Any = tower.trunk
-    if isinstance(trunk, Eva) and trunk.rope is not None:
+    is_eva = isinstance(trunk, Eva)
+    if is_eva and trunk.rope is not None:
         raise DoesNotFit(WHY_NOT["dinov3_vit"])
-    family, kind = (EVA, EvaBlock) if isinstance(trunk, Eva) else (TIMM_VIT, Block)
+    family, kind = (EVA, EvaBlock) if is_eva else (TIMM_VIT, Block)
     blocks = list(trunk.blocks)
-    if not isinstance(trunk, (Eva, TimmVisionTransformer)) or any(type(block) is not kind for block in blocks):
+    if any(type(block) is not kind for block in blocks):
         raise DoesNotFit(f"is made of {type(blocks[0]).__name__}, and Blip2VisionModel of plain pre-norm blocks")
     tensors = family.convert(trunk.state_dict())
     return blocks[0].attn.num_heads, _activation(blocks[0].mlp.act), blocks[0].norm1.eps, tensors

@@ -8,7 +8,9 @@ from qformer.language.decoder_only import DecoderOnly
 from qformer.language.encoder_decoder import EncoderDecoder
 from qformer.language.frozen import FrozenLanguageModel, LanguageLoss, PromptTooLong
 from qformer.language.loading import load_language_model
+from qformer.language.outline import language_width, outline_language_model
 
 __all__ = [
-    "DecoderOnly", "EncoderDecoder", "FrozenLanguageModel", "LanguageLoss", "PromptTooLong", "load_language_model",
+    "DecoderOnly", "EncoderDecoder", "FrozenLanguageModel", "LanguageLoss", "PromptTooLong", "language_width",
+    "load_language_model", "outline_language_model",
 ]  # fmt: skip

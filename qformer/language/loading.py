@@ -19,12 +19,11 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
+from qformer.config import DTYPES
 from qformer.language.decoder_only import DecoderOnly
 from qformer.language.encoder_decoder import EncoderDecoder
 from qformer.language.frozen import FrozenLanguageModel
-from qformer.parts import WHOLE, load_frozen
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from qformer.parts import WHOLE, load_frozen, torch_dtype
 
 
 def load_language_model(
@@ -53,8 +52,7 @@ def load_language_model(
             `random_weights`, `activation` for a model without one, missing weights, or a tokenizer that does not fit
             (see `probe_tokenizer`).
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"llm.dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    weights_dtype = torch_dtype("llm.dtype", dtype, DTYPES)
     if random_weights and device_map is not None:
         raise ValueError(
             f"llm.random_weights=true with device_map={device_map!r}: expected None; move the model instead"
@@ -75,9 +73,9 @@ def load_language_model(
         if random_weights:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = auto_class.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+                model = auto_class.from_config(config, dtype=weights_dtype, trust_remote_code=trust_remote_code)
         else:
-            source |= {"dtype": DTYPES[dtype], "device_map": device_map} | quantisation(quantise, DTYPES[dtype])
+            source |= {"dtype": weights_dtype, "device_map": device_map} | quantisation(quantise, weights_dtype)
             model = load_frozen(auto_class, id, config, part, **source)
     if part:  # the ids that generation starts from are the language model's; the checkpoint's own file may lack them
         model.generation_config = GenerationConfig.from_model_config(config)
