@@ -68,3 +68,8 @@ def test_options_of_the_other_commands_are_in_their_stages():
 
 def test_no_count_of_tests_in_prose():
     assert not [page.name for page in PAGES if re.search(r"\b\d[\d,]* tests\b|\btests: \d", page.read_text())]
+
+
+def test_the_index_names_every_page():
+    index = (REPO / "docs/README.md").read_text()
+    assert [p.name for p in (REPO / "docs").glob("*.md") if p.name != "README.md" and f"({p.name})" not in index] == []
