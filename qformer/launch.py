@@ -2,14 +2,22 @@
 
 import atexit
 import contextlib
+import ctypes
 import datetime
 import logging
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from qformer.messages import one_line, print_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -18,22 +26,44 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SAME_SIGNAL_S = 3.0
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+LAUNCHERS = {
+    "accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run",
+    "torch.distributed.launch", "qformer.launcher",
+}  # fmt: skip
+
+
+class _Lines(logging.Handler):
+    """One line a message on standard output, as long as it is, for files and pipes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # whoever read the pipe has gone: no reason to end the run
+            print(self.format(record), flush=True)
 
 
 def configure_logging(is_main_process: bool) -> None:
-    """What a stage prints: our own messages on the main process, only warnings of the others and of libraries."""
+    """What a stage prints: our own messages on the main process, only warnings of the others and of libraries.
+
+    A terminal gets colours and lines of its width; a file or a pipe gets one line for each message.
+    """
+    import rich
     from rich.logging import RichHandler
 
-    handler = RichHandler(show_path=False, log_time_format="%H:%M:%S", markup=False)
-    logging.basicConfig(format="%(message)s", handlers=[handler], level=logging.WARNING, force=True)
+    if rich.get_console().is_terminal:
+        handler: logging.Handler = RichHandler(show_path=False, markup=False)
+        line = "%(message)s"
+    else:
+        handler, line = _Lines(), "%(asctime)s %(levelname)-8s %(message)s"
+    logging.basicConfig(format=line, datefmt="%H:%M:%S", handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("qformer").setLevel(logging.INFO if is_main_process else logging.WARNING)
 
 
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
-    """A mistake that a user can mend ends a stage with one line on standard error and exit code 2.
+    """A mistake that a user can fix ends a stage with one line on standard error and exit code 2.
 
-    With QFORMER_TRACEBACK=1 in the environment it ends with the whole traceback.
+    So does what is nobody's mistake: a lost rank, a killed data worker. With QFORMER_TRACEBACK=1 in the environment it
+    ends with the whole traceback.
     """
     try:
         yield
@@ -42,22 +72,33 @@ def reported_errors() -> Iterator[None]:
             from qformer.distributed import leave_group
 
             atexit.register(leave_group)  # its threads must not outlive the interpreter
-    except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("QFORMER_TRACEBACK"):
-            raise
-        said = str(error)
-        if "Original Traceback" in said:  # raised in a worker: its traceback is the message, the cause its last line
-            said = said.rstrip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {said}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RuntimeError as error:
-        from qformer.distributed import lost_rank
-
-        reason = lost_rank(error)
+    except (ValueError, FloatingPointError, OSError, EOFError, RuntimeError) as error:
+        reason = _reason(error)
         if reason is None or os.environ.get("QFORMER_TRACEBACK"):
             raise
-        print(f"error: {reason}", file=sys.stderr)
+        print_error(f"error: {reason}")
         raise SystemExit(2) from None
+
+
+def _reason(error: Exception) -> str | None:
+    """The line to end with; None for what is a mistake of ours."""
+    message = str(error)
+    # a killed worker is noticed by its signal, or halfway through a tensor that it was handing over
+    handed_over = any("resource_sharer" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    if handed_over or re.match(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", message):
+        return (
+            f"{one_line(error).rstrip('. ')}: a process that reads data died, often killed where memory is short; lower "
+            "data.workers or make room (docker: --shm-size), then run the command again, with train.resume=auto if it trains"
+        )
+    if isinstance(error, RuntimeError):
+        from qformer.distributed import lost_rank
+
+        return lost_rank(error)
+    if isinstance(error, EOFError):
+        return None
+    if "Original Traceback" in message:  # raised in a worker: its traceback is the message, the cause its last line
+        return message.rstrip().splitlines()[-1].partition(": ")[2]
+    return message
 
 
 def start_accelerator(config: "RunPart") -> "Accelerator":
@@ -75,12 +116,13 @@ def start_accelerator(config: "RunPart") -> "Accelerator":
     cpu = config.train.cpu or not torch.accelerator.is_available()
     if cpu and config.train.mixed_precision == "fp16":
         raise ValueError("train.mixed_precision=fp16 needs a GPU; use bf16 or no on a CPU")
-    found = {str(tracker.value) for tracker in get_available_trackers()}
-    if missing := set(config.run.trackers) - found:
+    available = {str(tracker.value) for tracker in get_available_trackers()}
+    if missing := set(config.run.trackers) - available:
         raise ValueError(
             f"run.trackers: {', '.join(sorted(missing))} cannot be imported here; install it, or choose among "
-            f"{', '.join(sorted(found)) or 'none'}"
+            f"{', '.join(sorted(available)) or 'none'}"
         )
+    die_with_launcher()
     take_over_sharding()
     accelerator = Accelerator(
         cpu=cpu,
@@ -93,32 +135,68 @@ def start_accelerator(config: "RunPart") -> "Accelerator":
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched but this one sees {accelerator.num_processes}: each would "
-            "train a lone copy. On CPUs launch with: accelerate launch --multi_gpu --num_processes 2 ... train.cpu=true"
+            "train a lone copy. On CPUs launch with: python -m qformer.launcher --multi_gpu --num_processes 2 ... train.cpu=true"
         )
     return accelerator
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[float]]:
-    """Collect when SIGINT and SIGTERM came instead of dying; Ctrl-C again, seconds later, dies as usual.
+class StopRequest:
+    """True once this run is to stop: it got SIGINT or SIGTERM, its launcher has gone, or its folder has vanished.
 
-    Both come twice where a launcher passes on what its processes were sent themselves, as by SLURM or a terminal.
+    Args:
+        run_dir: the run's folder; None where there is none to watch.
     """
-    received: list[float] = []
 
-    def note(number: int, frame: Any) -> None:
-        received.append(time.monotonic())
-        if len(received) == 1:
+    def __init__(self, run_dir: Path | None = None):
+        self.received: list[float] = []  # when signals came, by time.monotonic()
+        self._parent, self._orphaned = os.getppid() if launched() else None, False
+        self._run_dir = run_dir if run_dir and run_dir.is_dir() else None  # may be on the first rank's disk alone
+
+    def note(self, number: int, frame: Any) -> None:
+        """Handle a signal; Ctrl-C again, seconds after the first, raises KeyboardInterrupt."""
+        self.received.append(time.monotonic())
+        if len(self.received) == 1:
             logger.warning("%s: finishing this step, then saving; Ctrl-C quits at once", signal.Signals(number).name)
-        elif number == signal.SIGINT and received[-1] - received[0] > SAME_SIGNAL_S:
+        elif number == signal.SIGINT and self.received[-1] - self.received[0] > SAME_SIGNAL_S:
             raise KeyboardInterrupt
 
+    def __bool__(self) -> bool:
+        if self._parent not in (None, os.getppid()) and not self._orphaned:
+            self._orphaned = True
+            logger.warning("the launcher, process %d, has gone: finishing this step, then saving", self._parent)
+        vanished = self._run_dir is not None and not self._run_dir.is_dir()
+        return bool(self.received) or self._orphaned or vanished
+
+
+@contextlib.contextmanager
+def stop_signals(run_dir: Path | None = None) -> Iterator[StopRequest]:
+    """Collect what asks this run to stop instead of dying of it; Ctrl-C again, seconds later, dies as usual.
+
+    Signals come twice where a launcher passes on what its processes were sent themselves, as by SLURM or a terminal.
+    """
+    stop = StopRequest(run_dir)
     try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, stop.note) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: the caller's own business
         before = {}
     try:
-        yield received
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def launched() -> bool:
+    """Whether this process's parent is a launcher (`qformer.launcher`, accelerate or torchrun), not a shell or notebook."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()[:4]
+    except psutil.Error:
+        return False
+    return bool(LAUNCHERS & {word.removeprefix("-m") for word in words} | LAUNCHERS & {Path(w).name for w in words})
+
+
+def die_with_launcher() -> None:
+    """Have Linux send this process SIGTERM when its launcher ends: with one process accelerate passes no signal on."""
+    if launched() and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: `metrics.jsonl`, a progress line, and a word when a loss does not learn.
+"""What a run reports while it trains: `metrics.jsonl`, a progress line, and a warning when a loss does not learn.
 
 docs/observability.md says of every number in `metrics.jsonl` what it is and when to worry.
 """
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 # The fields that differ between two otherwise equal runs: everything else in a line is reproducible.
 TIMING_FIELDS = ("samples_per_s", "tokens_per_s", "seconds", "eta", "data_wait", "memory_bytes")
-# A running mean this close to chance, relative to it, counts as "at chance".
-CHANCE_BAND = 0.02
+# Relative to chance: a mean this close to it is "at chance"; one that fell by more than this over WINDOWS is falling.
+CHANCE_BAND, CHANCE_FALL, WINDOWS = 0.02, 0.005, 4
 # The parts of an adapter whose gradients are told apart, each with what the names of its parameters match; the first fits.
 PARTS = {
     "llm_lora": r"^llm_lora\.",
@@ -117,66 +118,34 @@ class StepProgress:
     """Time left and losses on stderr: a bar on a terminal, else one plain line every `every_steps` steps."""
 
     def __init__(
-        self,
-        total_steps: int,
-        first_step: int,
-        *,
-        every_steps: int = 50,
-        enabled: bool = True,
+        self, total_steps: int, first_step: int, *, every_steps: int = 50, enabled: bool = True,
         console: Console | None = None,
-    ):
-        assert 0 <= first_step <= total_steps
-        assert every_steps >= 1
-        self.total_steps, self.first_step = total_steps, first_step
-        self.every_steps, self.enabled = every_steps, enabled
-        self._console = console or Console(stderr=True)
-        self._bar: Progress | None = None
-        self._start = time.monotonic()
-        self._text = ""
+    ):  # fmt: skip
+        console = console or Console(stderr=True)
+        columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bar = Progress(
+            TextColumn("step"), *columns, TextColumn("{task.fields[losses]}", markup=False), console=console,
+            disable=not (enabled and console.is_terminal),
+            speed_estimate_period=600,  # steps of a large model take longer than rich's 30 s window
+        )  # fmt: skip
+        self.bar.add_task("", total=total_steps, completed=first_step, losses="")
+        self.every_steps = every_steps if enabled and not console.is_terminal else 0
 
     def update(self, step: int, text: str | None = None) -> None:
         """Show that `step` updates are done; `text` (see `describe_losses`) stays until replaced."""
-        if text is not None:
-            self._text = text
-        if not self.enabled:
-            return
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, losses=self._text)
-        elif step % self.every_steps == 0 or step == self.total_steps:
-            self._print_line(step)
+        task = self.bar.tasks[0]
+        self.bar.update(task.id, completed=step, losses=task.fields["losses"] if text is None else text)
+        if self.every_steps and (step % self.every_steps == 0 or step == task.total):
+            left = "?" if task.time_remaining is None else timedelta(seconds=round(task.time_remaining))
+            line = f"step {step}/{task.total:.0f} ({int(task.percentage)} %), {left} left"
+            print(": ".join(filter(None, (line, task.fields["losses"]))), file=self.bar.console.file, flush=True)
 
     def __enter__(self) -> "StepProgress":
-        self._start = time.monotonic()
-        if self.enabled and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[losses]}", markup=False),
-                console=self._console,
-                speed_estimate_period=600,  # steps of a large model take longer than rich's 30 s window
-            )
-            self._bar.add_task("", total=self.total_steps, completed=self.first_step, losses="")
-            self._bar.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _print_line(self, step: int) -> None:
-        done = step - self.first_step
-        left = "?"
-        if done > 0:
-            left_s = (time.monotonic() - self._start) / done * (self.total_steps - step)
-            left = str(timedelta(seconds=round(left_s)))
-        line = f"step {step}/{self.total_steps} ({100 * step // max(1, self.total_steps)} %), {left} left"
-        line = f"{line}: {self._text}" if self._text else line
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.bar.stop()
 
 
 class MetricWindow:
@@ -241,14 +210,15 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class ChanceWatch:
-    """Says in plain words, once per loss, that a loss still sits at its chance level after warm-up.
+    """Reports in plain words, once per loss, that a loss still sits at its chance level after warm-up.
 
-    Sits: its mean over the last `patience_steps` steps, counted from `after_step`, is within 2 % of chance. Starts
-    afresh on resume, so a warning can come again.
+    Sits: over `WINDOWS` windows of `patience_steps` steps, counted from `after_step`, the mean of the newest is within
+    2 % of chance and less than 0.5 % of chance below that of the oldest. A loss near chance that falls is learning.
+    Starts afresh on resume, so a warning can come again.
 
     Args:
         chance: the value of each watched loss for a model that has learnt nothing, in nats.
-        patience_steps: the length of the running mean.
+        patience_steps: the length of a window; losses of at least one step in each are needed.
         after_step: values up to this step (the warm-up) are not looked at.
     """
 
@@ -259,24 +229,32 @@ class ChanceWatch:
 
     def update(self, step: int, losses: Mapping[str, float]) -> list[str]:
         """Take the losses of a step (steps may be left out) and return new warnings; unwatched losses are ignored."""
-        warnings: list[str] = []
-        for name, recent in list(self._recent.items()):
-            if step <= self.after_step or name not in losses:
-                continue
-            recent.append((step, losses[name]))
-            window_full = False
-            while recent[0][0] <= step - self.patience_steps:
-                recent.popleft()
-                window_full = True
-            mean, chance = sum(loss for _, loss in recent) / len(recent), self.chance[name]
-            if window_full and abs(mean - chance) <= CHANCE_BAND * abs(chance):
-                del self._recent[name]
-                warnings.append(
-                    f"{name} has sat at its chance level for {self.patience_steps} steps (mean {mean:.3g}, chance "
-                    f"{chance:.3g}), so it is not learning: check that texts belong to their pictures, that the "
-                    "learning rate is not far too high or low, and that features differ between pictures"
-                )
-        return warnings
+        if step <= self.after_step:
+            return []
+        watched = [name for name in self._recent if name in losses]
+        return [warning for name in watched if (warning := self._judge(name, step, losses[name]))]
+
+    def _judge(self, name: str, step: int, loss: float) -> str | None:
+        recent, chance, watched_steps = self._recent[name], self.chance[name], WINDOWS * self.patience_steps
+        recent.append((step, loss))
+        full = False
+        while recent[0][0] <= step - watched_steps:
+            recent.popleft()
+            full = True
+        oldest = [v for s, v in recent if s <= step - watched_steps + self.patience_steps]
+        newest = [v for s, v in recent if s > step - self.patience_steps]
+        if not full or not oldest:
+            return None
+        mean, fall = fmean(newest), fmean(oldest) - fmean(newest)
+        if abs(mean - chance) > CHANCE_BAND * abs(chance) or fall > CHANCE_FALL * abs(chance):
+            return None
+        del self._recent[name]
+        return (
+            f"{name} has sat at its chance level for {watched_steps} steps (mean {mean:.3g}, chance {chance:.3g}) and is "
+            "not falling, so it is not learning: check that texts belong to their images, that there are not few distinct "
+            "captions repeated over many images (equal texts cannot be told apart), that the learning rate is not far too "
+            "high or low, and that features differ between images"
+        )
 
 
 def describe_losses(metrics: Mapping[str, float], chance: Mapping[str, float]) -> str:

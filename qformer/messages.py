@@ -1,7 +1,11 @@
-"""The words of an error: what another library said in one line, and the nearest of what is known."""
+"""The words of an error: another library's in one line, the nearest of what is known, and the line that ends a stage."""
 
 import difflib
+import hashlib
+import os
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:
@@ -22,3 +26,19 @@ def nearest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.0
     if not names:
         return "there are none"
     return f"nearest {'is' if len(names) == 1 else 'are'} {', '.join(names)}"
+
+
+def print_error(line: str) -> None:
+    """Print the line that ends a stage on standard error; of a machine's processes under one launcher, the first alone.
+
+    All of them make the same mistake. The launcher has told each the name of a file for its error, all in one folder.
+    """
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        mark = Path(error_file).parent.parent / hashlib.sha256(line.encode()).hexdigest()
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:  # a launcher without that folder: better twice than never
+            pass
+    print(line, file=sys.stderr, flush=True)

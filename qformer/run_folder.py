@@ -69,8 +69,13 @@ def open_run(run_dir: Path, resume: str | None, adapter: nn.Module, keep: int) -
 def save_or_go_on(save: Callable[[], object], run_dir: Path, step: int, must: bool) -> bool:
     """Save on the first rank; a full or broken disk is a warning and training goes on. Returns: whether it was saved.
 
-    Raises: OSError instead, on all ranks, when this save `must` be: the last of a run.
+    Raises: OSError instead, on all ranks, when this save `must` be, the last of a run, or when the folder has vanished.
     """
+    if not on_first_rank(run_dir.is_dir):
+        raise OSError(
+            f"run.dir={run_dir} has vanished, removed or moved while the run was going on; step {step} is not saved. "
+            "Move it back and go on with train.resume=auto, or begin anew"
+        )
     try:
         on_first_rank(save)
         return True

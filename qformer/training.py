@@ -133,7 +133,7 @@ class _Run:
         too_many = ""
         with (
             self.log,
-            stop_signals() as stop,
+            stop_signals(self.run_dir) as stop,
             self.log.progress(options.max_steps, progress.step, options.log_every_steps) as bar,
         ):
             stopping = progress.unvalidated and not self.validate_now(stop)

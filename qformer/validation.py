@@ -1,6 +1,5 @@
 """Numbers on held-out records while a run trains: losses, recall@1 both ways, a few texts."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from qformer.models import Stage
 @torch.no_grad()
 def validate(
     model: Stage, validation: RecordDataset, accelerator: Accelerator, *, micro_batch_size: int, max_records: int,
-    stop: Sequence[float] = (),
+    stop: object = (),
 ) -> dict[str, Any] | None:  # fmt: skip
     """Losses on held-out records; recall@1 both ways over all of them where there are embeddings, and a few texts.
 
@@ -24,7 +23,7 @@ def validate(
 
     Args:
         max_records: over all ranks.
-        stop: not empty as soon as this rank was told to stop; all ranks then return None after the same batch.
+        stop: true as soon as this rank was told to stop; all ranks then return None after the same batch.
     """
     world = accelerator.num_processes
     count = max(1, min(max_records, len(validation)) // (micro_batch_size * world))

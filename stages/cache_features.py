@@ -23,6 +23,7 @@ from rich.progress import track
 from qformer.config import ConfigError, Stage1Config, load_config, named_stage
 from qformer.config.help import HelpFormatter, describe_schema
 from qformer.environment import prepare_environment
+from qformer.messages import print_error
 
 logger = logging.getLogger("qformer")
 
@@ -103,7 +104,7 @@ def _config(arguments: list[str]) -> Any:
             raise ConfigError(f"stage: {stage!r} is not one of {', '.join(STAGES)}")
         return load_config(STAGES[stage][0], arguments, needed=READ)
     except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
+        print_error(f"config error: {error}")
         raise SystemExit(2) from None
 
 

@@ -267,7 +267,7 @@ def test_a_disk_that_stays_full_ends_the_run_in_words(tiny, tmp_path):
     before = functools.partial(fill_the_disk, tmp_path / "run", False, 5, 100, tmp_path / "kept")
     assert whole_life(on_features(tiny, tmp_path / "run", *long), tmp_path / "said", before) == 2
     assert re.search(
-        r"error: step 8 cannot be saved in run\.dir=.*File too large.*the newest checkpoint is step-3\. Make room or mend",
+        r"error: step 8 cannot be saved in run\.dir=.*File too large.*the newest checkpoint is step-3\. Make room or repair",
         read(tmp_path / "said"),
     )
     assert not list((tmp_path / "run").rglob("*.partial"))

@@ -11,7 +11,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "qformer"
 FLOORS = [
-    ["messages.py", "environment.py", "kernels.py", "text.py", "keys.py"],
+    ["messages.py", "environment.py", "kernels.py", "text.py", "keys.py", "launcher.py"],
     ["config/", "files.py", "distributed.py", "layers.py", "parts.py", "lora.py"],
     ["encoders/", "language/", "qformer.py", "objectives.py", "data/", "metrics/", "optim.py", "log.py", "sharding.py"],
     ["models/", "checkpoint.py", "launch.py", "card.py"],

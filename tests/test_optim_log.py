@@ -174,8 +174,22 @@ def test_chance_watch_warns_once_per_stuck_loss():
         losses = {"itc": 4.16 + 0.3 * (-1) ** step, "itm": 0.6365 if step <= 110 else 0.5, "itg": 1.0}
         for warning in watch.update(step, losses):
             warned[step] = warning
-    assert list(warned) == [121]  # steps 102..121 are the first full window after the warm-up
-    assert warned[121].startswith("itc has sat at its chance level for 20 steps (mean 4.16, chance 4.16)")
+    assert list(warned) == [181]  # steps 102..181 are the first four full windows after the warm-up
+    assert warned[181].startswith("itc has sat at its chance level for 80 steps (mean 4.16, chance 4.16)")
+
+
+@pytest.mark.parametrize("every", [1, 10, 20])
+def test_chance_watch_judges_a_trend_and_names_repeated_captions(every):
+    """Issue 13: at 3.42 of 3.47 a run was called not learning, and then fell to 2.95."""
+    steps = range(every, 401, every)
+    falling = {s: max(2.95, 3.47 - 0.05 * s / 80) for s in steps}  # 3.42 at step 80
+    watch = ChanceWatch({"itc": 3.47}, patience_steps=20, after_step=0)
+    assert [w for s in steps for w in watch.update(s, {"itc": falling[s] + 0.004 * (-1) ** (s // every)})] == []
+    for flat in (3.47, 3.42):
+        watch = ChanceWatch({"itc": 3.47}, patience_steps=20, after_step=0)
+        (warning,) = [w for s in steps for w in watch.update(s, {"itc": flat + 0.004 * (-1) ** (s // every)})]
+        assert "is not falling, so it is not learning" in warning
+        assert "few distinct captions" in warning
 
 
 # ---- what is measured ----

@@ -23,7 +23,7 @@ MODES = {
     "stage2_only": "image",
     "stage1_2": "image",
 }  # of stages/evaluate.py
-LAUNCHER = "accelerate.commands.launch"
+LAUNCHER = "qformer.launcher"
 STAGE2_STEPS = {"t5": 2000}  # it is asked for less of a caption at a time; others take the config's own number
 PROMPT_SCALE = {"t5": 16}  # what its first layer adds to an embedding is seven times as large as the embedding
 
@@ -96,7 +96,7 @@ class Recipe:
             overrides.append(f"train.seed={seed}")
         if (run_dir / "checkpoints").is_dir():
             overrides.append("train.resume=auto")
-        launch = [sys.executable, "-m", LAUNCHER, "--quiet", "--num_processes", "1", "--num_machines", "1"]
+        launch = [sys.executable, "-m", LAUNCHER, "--num_processes", "1", "--num_machines", "1"]
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         adapter = run_dir / "adapter" / "adapter.safetensors"  # its folder is written whole, at the end
         return Part(name, [*launch, script, file, *overrides], adapter.is_file)

@@ -16,7 +16,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from qformer.config.help import describe_schema
 from qformer.config.packaged import config_names, find_config, locate_weights, portable
 from qformer.config.schema import ModelPart, RunPart
-from qformer.messages import nearest
+from qformer.messages import nearest, print_error
 
 
 class ConfigError(ValueError):
@@ -135,7 +135,7 @@ def parse_arguments(root: type[Part], doc: str, argv: list[str] | None) -> Part:
         if "--print-config" not in arguments:
             _check_record_files(config)
     except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
+        print_error(f"config error: {error}")
         raise SystemExit(2) from None
     if "--print-config" in arguments:
         print(to_yaml(config), end="")
