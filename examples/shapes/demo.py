@@ -18,10 +18,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, out="runs/demo")
     parser.add_argument("--resume", action="store_true", help="keep what is finished and go on; otherwise start afresh")
-    given = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(given)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
     recipe, out = Recipe.from_arguments(args), args.out
-    go_on = ["examples/shapes/demo.py", *(word for word in given if word != "--resume"), "--resume"]
+    go_on = ["examples/shapes/demo.py", *(word for word in words if word != "--resume"), "--resume"]
     try:
         experiment = Experiment(out, recipe, owned=OWNED, resume=args.resume, go_on=go_on)
     except ValueError as error:

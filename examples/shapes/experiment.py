@@ -1,4 +1,4 @@
-"""Runs the parts of a Shapes experiment, one by one or side by side, and tells how it came out; for demo and reproduce."""
+"""Runs the parts of a Shapes experiment, one by one or side by side, and reports how it came out; for demo and reproduce."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ STATE_FILE = "experiment.json"
 
 
 class PartFailed(Exception):
-    """A part of the experiment ended before its end; it has said why itself."""
+    """A part of the experiment ended before its end; it has printed why itself."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -94,7 +94,7 @@ class Experiment:
             self.console.print(f"\nstopped; go on with: {self.go_on}")
             raise SystemExit(130) from None
         if isinstance(error, PartFailed):
-            self.console.print(f"\n{error}; once that is mended, go on with: {self.go_on}")
+            self.console.print(f"\n{error}; once that is fixed, go on with: {self.go_on}")
             raise SystemExit(error.code) from None
 
     @property
@@ -250,8 +250,8 @@ def read_answers(path: Path) -> dict[str, Any]:
 
 def score_of(answers: Path) -> dict[str, Any]:
     """A cell of the results: overall accuracy, accuracy by kind of question, number of questions."""
-    found = read_answers(answers)
-    return {"overall": found["scores"]["overall"], "by_type": found["by_type"], "n": found["n"]}
+    evaluation = read_answers(answers)
+    return {"overall": evaluation["scores"]["overall"], "by_type": evaluation["by_type"], "n": evaluation["n"]}
 
 
 def average(scores: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
@@ -310,9 +310,11 @@ def count_cores() -> int:
 
 def count_threads() -> int:
     """Threads that pay: OMP_NUM_THREADS if it is set, else one a physical core."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = os.environ.get("OMP_NUM_THREADS", "")
     return (
-        int(given) if given.isdigit() and int(given) else min(count_cores(), psutil.cpu_count(False) or count_cores())
+        int(threads)
+        if threads.isdigit() and int(threads)
+        else min(count_cores(), psutil.cpu_count(False) or count_cores())
     )
 
 

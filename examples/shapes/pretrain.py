@@ -1,6 +1,6 @@
 """Builds the frozen parts of the Shapes world from a seed: `python examples/shapes/pretrain.py opt|t5|vit|tokenizers`.
 
-The language models are schooled on text only, the encoder contrastively on pictures with captions; none of them ever
+The language models are pretrained on text only, the encoder contrastively on pictures with captions; none of them ever
 sees a picture with a question. On one core of an AMD EPYC OPT takes half an hour, the ViT 40 minutes, T5 about two hours.
 What is written is in the formats of the libraries that load it: transformers folders for OPT and T5, an open_clip folder
 (`local-dir:`) for the ViT, a BERT vocabulary for the Q-Former's text side.
@@ -48,7 +48,7 @@ NEXT_LEVEL_AT = {"opt": 0.9, "t5": 0.8}
 
 
 class Course(NamedTuple):
-    """Further schooling of T5: several words at one position, as visual prompts say them, and what it had not learnt."""
+    """Further pretraining of T5: several words at one position, as visual prompts say them, and what it had not learnt."""
 
     steps: int
     levels: tuple[Level, ...]  # one drawn for each text
@@ -207,8 +207,8 @@ def merged_batch(rng: random.Random, ids: dict[str, int], size: int, course: Cou
 
 
 @torch.no_grad()
-def told(model, kind: str, ids: dict[str, int], n: int = 560) -> dict[str, float]:
-    """Share of held-out questions whose answer is the model's first choice when told the caption, by type."""
+def caption_accuracy(model, kind: str, ids: dict[str, int], n: int = 560) -> dict[str, float]:
+    """Share of held-out questions whose answer is the model's first choice given the caption, by type."""
     rng, right = random.Random(99), dict.fromkeys(grammar.QUESTION_TYPES, 0.0)
     for question_type in right:
         pairs: list[tuple[str, str]] = []
@@ -227,7 +227,7 @@ def told(model, kind: str, ids: dict[str, int], n: int = 560) -> dict[str, float
     return {t: round(100 * r / (n // len(right)), 1) for t, r in right.items()}
 
 
-def school_language_model(
+def pretrain_language_model(
     kind: str, steps: int, folder: Path, seed: int = 0, batch: int = 48, lr: float = 1.5e-3
 ) -> None:
     """Train on text for `steps` and write the model as fp16 into `folder`."""
@@ -249,9 +249,9 @@ def school_language_model(
             level, right_share = level + 1, 0.0
             print(f"{kind} step {step}: level {level}", flush=True)
         if step % 250 == 0 and level:
-            by_type = told(model, kind, ids)
-            said = f"right {right_share:.3f} told {sum(by_type.values()) / len(by_type):.1f} {by_type}"
-            print(f"{kind} step {step} {time.time() - start:.0f} s level {level} {said}", flush=True)
+            by_type = caption_accuracy(model, kind, ids)
+            progress = f"right {right_share:.3f} given the caption {sum(by_type.values()) / len(by_type):.1f} {by_type}"
+            print(f"{kind} step {step} {time.time() - start:.0f} s level {level} {progress}", flush=True)
     model.half().save_pretrained(folder / kind)
 
 
@@ -275,7 +275,7 @@ def further_course(course: Course, folder: Path, seed: int, batch: int = 128) ->
         right_share += 0.02 * (right[weights == 1].float().mean().item() - right_share)
         if step % 50 == 0:
             print(f"t5, further course, step {step} right {right_share:.3f}", flush=True)
-    print(f"t5, further course, told {told(model.eval(), 't5', ids)}", flush=True)
+    print(f"t5, further course, given the caption {caption_accuracy(model.eval(), 't5', ids)}", flush=True)
     model.half().save_pretrained(folder / "t5")
 
 
@@ -324,7 +324,7 @@ def siblings(rng: random.Random) -> list[world.Scene]:
             return scenes
 
 
-def school_encoder(steps: int, folder: Path, seed: int = 0, batch: int = 128, lr: float = 1e-3) -> None:
+def pretrain_encoder(steps: int, folder: Path, seed: int = 0, batch: int = 128, lr: float = 1e-3) -> None:
     """Train a CLIP on rendered pictures with captions for `steps` and write it as an open_clip folder (fp16)."""
     from open_clip.loss import ClipLoss
     from open_clip.model import CLIP
@@ -383,9 +383,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     steps = args.steps or STEPS[args.what]
     if args.what == "vit":
-        school_encoder(steps, args.out, args.seed)
+        pretrain_encoder(steps, args.out, args.seed)
     else:
-        school_language_model(args.what, steps, args.out, args.seed, args.batch)
+        pretrain_language_model(args.what, steps, args.out, args.seed, args.batch)
     if args.what == "t5":
         for i, course in enumerate(COURSES):
             fewer = course._replace(steps=math.ceil(course.steps * steps / STEPS["t5"]))

@@ -30,8 +30,8 @@ LOSSES = {
     "lm": "language-model loss of captions (lm)",
 }
 RECALLS = {
-    "validation_image_to_text_recall_1": "picture to text",
-    "validation_text_to_image_recall_1": "text to picture",
+    "validation_image_to_text_recall_1": "image to text",
+    "validation_text_to_image_recall_1": "text to image",
 }
 Point = tuple[float, float]
 
@@ -123,15 +123,15 @@ def _in_turn(results: list[dict[str, Any]], count: int, pictures: set[str]) -> l
     kinds: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         kinds.setdefault(result["question_type"] or "all", []).append(result)
-    seen = set(pictures)
+    shown = set(pictures)
     chosen: list[dict[str, Any]] = []
     while len(chosen) < count and any(kinds.values()):
         for waiting in kinds.values():
-            found = next((r for r in waiting if r["image"] not in seen), None)
-            waiting[:] = [] if found is None else waiting[waiting.index(found) + 1 :]
-            if found is not None and len(chosen) < count:
-                chosen.append(found)
-                seen.add(found["image"])
+            candidate = next((r for r in waiting if r["image"] not in shown), None)
+            waiting[:] = [] if candidate is None else waiting[waiting.index(candidate) + 1 :]
+            if candidate is not None and len(chosen) < count:
+                chosen.append(candidate)
+                shown.add(candidate["image"])
     return chosen
 
 
@@ -152,12 +152,12 @@ def _examples(examples: Sequence[dict[str, Any]]) -> str:
     for example in examples:
         right, truth = is_right(example), " / ".join(dict.fromkeys(example["answers"]))
         cards.append(
-            f'<figure class="{"right" if right else "wrong"}"><img alt="a held-out picture" src="{_data_uri(example["image"])}">'
+            f'<figure class="{"right" if right else "wrong"}"><img alt="a held-out image" src="{_data_uri(example["image"])}">'
             f"<figcaption>{escape(example['question'])}<br>answer: <span class=said>{escape(example['answer']) or '(nothing)'}"
             f" {'✓' if right else '✗ wrong'}</span><br><span class=soft>truth: {escape(truth)}</span></figcaption></figure>\n"
         )
     return (
-        "<h2>Questions about held-out pictures</h2>\n<p class=soft>Chosen to show every kind of question and some failures; "
+        "<h2>Questions about held-out images</h2>\n<p class=soft>Chosen to show every kind of question and some failures; "
         f"how often the answers are right is in the table.</p>\n<div class=grid>\n{''.join(cards)}</div>\n"
     )
 
@@ -200,7 +200,7 @@ def _curves(curves: dict[str, list[dict[str, Any]]]) -> str:
                 chance = next((p[1] for p in _points(lines, f"{loss}_chance")), None)
                 shown = {"training": train, "held-out": _points(lines, f"validation_{loss}")}
                 figures.append(_chart(label, "nats", shown, chance))
-        recalls = {label: found for key, label in RECALLS.items() if (found := _points(lines, key))}
+        recalls = {label: points for key, label in RECALLS.items() if (points := _points(lines, key))}
         if recalls:
             figures.append(_chart("held-out recall@1", "percent", recalls, None))
         if figures:
@@ -245,8 +245,8 @@ def _chart(label: str, unit: str, series: dict[str, list[Point]], chance: float 
             legend.append(f'<span style="color:var(--{colour})">{mark} {escape(name)} {s[-1][1]:.3g}</span>')
         if colour == "held":
             drawn += ['<circle r="3.5" cx="{}" cy="{}"/>'.format(*place(x, y).split(",")) for x, y in s]
-    said = f"{label} over training, {unit}"
+    description = f"{label} over training, {unit}"
     return (
-        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">{"".join(drawn)}</svg>'
+        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">{"".join(drawn)}</svg>'
         f"<figcaption>{escape(label)}, {unit}<br>{' &nbsp; '.join(legend)}</figcaption></figure>\n"
     )

@@ -22,14 +22,14 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser, out="runs/reproduce")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of training (0 1 2)")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; they share the cores (1)")
-    given = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(given)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     recipe, out, seeds = Recipe.from_arguments(args), args.out, list(dict.fromkeys(args.seeds))
     try:
         experiment = Experiment(
-            out, recipe, owned=(), resume=True, go_on=["examples/shapes/reproduce.py", *given], jobs=args.jobs
+            out, recipe, owned=(), resume=True, go_on=["examples/shapes/reproduce.py", *words], jobs=args.jobs
         )
     except ValueError as error:
         parser.error(str(error))

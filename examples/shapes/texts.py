@@ -1,4 +1,4 @@
-"""What the small language models read at school: descriptions, paraphrases, questions about a description; never a picture.
+"""What the small language models are pretrained on: descriptions, paraphrases, questions about a description; never a picture.
 
 Texts are lists of pieces with the weight that their tokens have in the loss: an answer is one word among thirty.
 """
@@ -68,10 +68,10 @@ def draw_text_scene(rng: random.Random, level: Level) -> world.Scene:
 def context(scene: world.Scene, rng: random.Random, level: Level) -> str:
     """What stands before: the scene described in any form of the level, rarely with an opening."""
     if level.captions and rng.random() < level.captions:
-        said = grammar.caption(scene, rng)
+        description = grammar.caption(scene, rng)
     else:
-        said = grammar.describe(scene, rng, level.forms, SEPARATORS)
-    return rng.choice(("", "", "", "a photo of ", "this picture shows ", "caption: ")) + said
+        description = grammar.describe(scene, rng, level.forms, SEPARATORS)
+    return rng.choice(("", "", "", "a photo of ", "this picture shows ", "caption: ")) + description
 
 
 def questions(scene: world.Scene, rng: random.Random, level: Level, count: int) -> list[grammar.QA]:
@@ -88,14 +88,14 @@ def questions(scene: world.Scene, rng: random.Random, level: Level, count: int) 
 
 def lookups(scene: world.Scene, rng: random.Random, count: int) -> list[grammar.QA]:
     """Up to `count` look-ups of one attribute by another that only one item has."""
-    found = []
+    pairs = []
     for _ in range(count):
         item = rng.choice(scene)
         key, wanted = rng.sample(("colour", "shape", "place", "size"), 2)
         if key != "size" and sum(getattr(i, key) == getattr(item, key) for i in scene) == 1:
             name = "where" if wanted == "place" else wanted
-            found.append((f"{getattr(item, key)} {name}:", getattr(item, wanted)))
-    return found
+            pairs.append((f"{getattr(item, key)} {name}:", getattr(item, wanted)))
+    return pairs
 
 
 def document(rng: random.Random, level: Level) -> Pieces:
@@ -131,13 +131,13 @@ def seq2seq_pair(rng: random.Random, level: Level) -> tuple[str, str, Pieces]:
     short = lookups(scene, rng, level.lookups)
     if level is SEQ2SEQ_LEVELS[0]:
         return before, "", [piece for asked, answer in short for piece in ((asked, 0.05), (answer, 1.0))]
-    found = short[:1] if rng.random() > level.asked or not level.question_types else questions(scene, rng, level, 1)
-    if not found:
+    pairs = short[:1] if rng.random() > level.asked or not level.question_types else questions(scene, rng, level, 1)
+    if not pairs:
         return seq2seq_pair(rng, level)
-    asked, answer = found[0]
+    asked, answer = pairs[0]
     words = WORD.findall(asked)
-    given = [] if rng.random() < level.unaided else words[rng.randrange(len(words)) :]
-    return before, asked, [*([(",", 0.0), (" ".join(given), 0.5)] if given else []), (answer, 1.0)]
+    hint = [] if rng.random() < level.unaided else words[rng.randrange(len(words)) :]
+    return before, asked, [*([(",", 0.0), (" ".join(hint), 0.5)] if hint else []), (answer, 1.0)]
 
 
 def merge(description: str, rng: random.Random, plain: float = 0.3) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """What is said about a scene: descriptions in many forms, and questions of seven kinds with their answers.
 
 Descriptions come as sentences, lists, with and without articles, place first or last, items in any order, so that a
-language model schooled on them reads their content and not their form.
+language model pretrained on them reads their content and not their form.
 """
 
 import random
@@ -40,10 +40,10 @@ FORMS: tuple[Callable[[Item], str], ...] = (
 def describe(scene: Scene, rng: random.Random, forms=FORMS, separators=(" , ", " and ")) -> str:
     """Say every item once, in random order, in one form drawn from `forms`."""
     form, separator = rng.choice(forms), rng.choice(separators)
-    said = separator.join(form(item) for item in rng.sample(scene, len(scene)))
+    text = separator.join(form(item) for item in rng.sample(scene, len(scene)))
     if rng.random() < 0.25:
-        said = f"{plural(len(scene), 'shape')} , {said}"
-    return said
+        text = f"{plural(len(scene), 'shape')} , {text}"
+    return text
 
 
 def fact(scene: Scene, rng: random.Random) -> str:
@@ -65,12 +65,12 @@ def fact(scene: Scene, rng: random.Random) -> str:
 
 def caption(scene: Scene, rng: random.Random) -> str:
     """A caption as people would write it beside the picture: the items, now and then a fact before or after them."""
-    said = describe(scene, rng)
+    text = describe(scene, rng)
     if len(scene) < 3 and rng.random() < 0.3:
-        parts = [said, fact(scene, rng)]
+        parts = [text, fact(scene, rng)]
         rng.shuffle(parts)
-        said = " , ".join(parts)
-    return said.replace(" ,", ",")
+        text = " , ".join(parts)
+    return text.replace(" ,", ",")
 
 
 def _names(scene: Scene, item: Item) -> list[str]:
@@ -184,9 +184,9 @@ ASK = dict(zip(QUESTION_TYPES, (_colour, _shape, _size, _place, _count, _existen
 def ask(scene: Scene, rng: random.Random, question_type: str | None = None, tries: int = 20) -> QA | None:
     """A question about the scene with its answer; yes and no equally often. None if the scene has none of that type."""
     for _ in range(tries):
-        found = ASK[question_type or rng.choice(QUESTION_TYPES)](scene, rng)
-        if found:
-            return found
+        pair = ASK[question_type or rng.choice(QUESTION_TYPES)](scene, rng)
+        if pair:
+            return pair
     return None
 
 

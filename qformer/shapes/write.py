@@ -30,13 +30,13 @@ def write_world(folder: Path, n_train: int, n_validation: int, n_questions: int,
     while len(records) < n_questions:
         scene = world.draw_split(rng, True)
         picture = f"questions/{len(records):05d}.png"
-        said = grammar.caption(scene, rng)
+        caption = grammar.caption(scene, rng)
         question_types = grammar.QUESTION_TYPES[len(records) % len(grammar.QUESTION_TYPES) :]
         for question_type in question_types[: n_questions - len(records)]:
-            if not (found := grammar.ask(scene, rng, question_type)):
+            if not (pair := grammar.ask(scene, rng, question_type)):
                 break
             records.append({
-                "image": picture, "caption": said, "question": found[0], "answers": [found[1]],
+                "image": picture, "caption": caption, "question": pair[0], "answers": [pair[1]],
                 "question_id": str(len(records)), "question_type": question_type,
             })  # fmt: skip
         if records and records[-1]["image"] == picture:
