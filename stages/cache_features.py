@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> None:
         epilog=describe_schema(Stage1Config, sections=("data", "encoder")),
     )
     parser.add_argument("config", nargs="+", help="YAML files and key=value overrides of a stage's config")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"), default="bfloat16",
-                        help="of what is stored; int8 and float8 with a scale a token, float8 where single channels "
-                        "tower over the others")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="bfloat16",
+                        help="of what is stored; int8 with a scale a token"
+                        )  # fmt: skip
     parser.add_argument("--crops", type=int, default=0, help="random crops of each picture beside the whole one")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures or crops that the encoder sees at a time")
     parser.add_argument("--shard-mb", type=float, default=256, help="size of a shard; one is in memory at a time")

@@ -124,7 +124,7 @@ def test_the_loss_curve_is_that_without_a_cache(tiny, pictures, cache, tmp_path,
     assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.01), ("int8", 0.02), ("float8_e4m3fn", 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.01), ("int8", 0.02)])
 def test_a_coarser_cache_trains_nearly_the_same(tiny, pictures, cache, tmp_path, dtype, tolerance):
     write_cache(*tiny.stage1(tmp_path, *over(pictures, tmp_path / "cache")), "--dtype", dtype)
     for name, folder in (("exact", cache), ("coarse", tmp_path / "cache")):
@@ -343,18 +343,12 @@ def test_scales_keep_the_error_small():
     wild = tame * torch.cat([torch.tensor([100.0]), torch.ones(255)])  # one channel towers over the others
     error = {}
     for name, tokens in (("tame", tame), ("wild", wild)):
-        for dtype in ("int8", "float8_e4m3fn"):
-            values, scales = quantize(tokens, dtype)
-            back = values.float() * scales[:, None]
-            error[name, dtype] = float(((back - tokens)[:, 1:].norm(dim=1) / tokens[:, 1:].norm(dim=1)).max())
-            bound = (
-                tokens.abs().amax(1, keepdim=True) / 254
-                if dtype == "int8"
-                else tokens.abs() / 16 + scales[:, None] / 512
-            )
-            assert ((back - tokens).abs() <= bound * 1.001).all()
-    assert error["tame", "int8"] < 0.012 < error["tame", "float8_e4m3fn"] < 0.035
-    assert error["wild", "float8_e4m3fn"] < 0.05 < 0.1 < error["wild", "int8"]
+        values, scales = quantize(tokens, "int8")
+        back = values.float() * scales[:, None]
+        error[name] = float(((back - tokens)[:, 1:].norm(dim=1) / tokens[:, 1:].norm(dim=1)).max())
+        assert ((back - tokens).abs() <= tokens.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    assert error["tame"] < 0.012
+    assert error["wild"] > 0.1
     assert (quantize(torch.zeros(2, 4), "int8")[0] == 0).all()
 
 

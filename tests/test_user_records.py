@@ -18,6 +18,7 @@ from PIL import Image
 from tiny import Tiny, run_stage
 
 from qformer.data import FeatureCache, read_records
+from qformer.data.records import distinct_captions
 from qformer.data.rows import RECODE
 from qformer.data.tars import decode_text
 
@@ -227,6 +228,13 @@ def test_an_empty_file_is_refused_in_one_line(tmp_path, name):
     with pytest.raises(ValueError, match=r"data.train: ") as error:
         read_records([str(source)], key="data.train")
     assert "\n" not in str(error.value)
+
+
+def test_distinct_captions_are_counted_over_a_sample(tmp_path):
+    rows = [{"image": f"{i}.jpg", "caption": ["A Dog", "x"] if i % 2 else "a  cat"} for i in range(100)]
+    records = read_records([write(tmp_path / "a.jsonl", *rows)])
+    assert distinct_captions(records) == (2, 100)
+    assert distinct_captions(records, sample=9)[1] <= 10
 
 
 # ---- ids and caches that move ----

@@ -3,7 +3,7 @@
     CACHE/manifest.json              whose features these are (`Manifest`); written first
     CACHE/shard-00000.safetensors    P pictures, whole or not there at all
         tokens  dtype[T, Dv]         the tokens of every view of every picture, one after another, without padding
-        scales  float32[T]           only of int8 and float8_e4m3fn: a token is its row of `tokens` times its scale
+        scales  float32[T]           only of int8: a token is its row of `tokens` times its scale
         ends    int64[n * V]         where each view ends in T: picture 0 view 0, picture 0 view 1, ..., picture 1 view 0
         metadata "qformer"           JSON: {"ids": [n image_ids], "broken": {image_id: reason}}
     CACHE/index.safetensors          written last; a cache without it is unfinished
@@ -38,11 +38,11 @@ from qformer.files import atomic_file
 
 FORMAT_VERSION = 1
 MANIFEST, INDEX, SHARD = "manifest.json", "index.safetensors", "shard-{:05d}.safetensors"
-QUANTIZED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number that each can hold
+QUANTIZED = {"int8": 127.0}  # the largest number that each can hold
 DTYPES = {name: getattr(torch, name) for name in (*FLOATS, *QUANTIZED)}
 _TORCH_NAMES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64,
+    "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 _MOST_OPEN = 256  # files a process holds open
 
@@ -90,9 +90,15 @@ def read_manifest(folder: Path) -> Manifest:
         values = json.loads(path.read_text())
         version = values.get("format_version")
         if version == FORMAT_VERSION:
-            return Manifest(**values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); write the cache anew") from None
+            manifest = Manifest(**values)
+            dtype = manifest.features["dtype"]
+            if dtype in DTYPES:
+                return manifest
+            raise ValueError(f"its dtype {dtype} is read no more, choose int8 or bfloat16")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be used ({error}); write the cache anew with stages/cache_features.py"
+        ) from None
     raise ValueError(f"{path} has format version {version}, this qformer reads {FORMAT_VERSION}; write the cache anew")
 
 
@@ -121,9 +127,8 @@ def picture_key(image_id: str) -> int:
 def quantize(tokens: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     """float[T, Dv] -> dtype[T, Dv] and, where a byte a number is too coarse without, a scale float32[T] a token.
 
-    The scale belongs to a token and not to a picture, because the few tokens of a vision transformer that are a hundred
-    times larger than the rest would take the rest's digits. int8 has one error for a whole token (its largest number /
-    254), float8 one relative to each number (1/16 at most): int8 is finer unless single channels tower over the others.
+    The scale belongs to a token and not to an image, because the few tokens of a vision transformer that are a hundred
+    times larger than the rest would take the rest's digits. The error is at most the token's largest number / 254.
     """
     if dtype not in QUANTIZED:
         return tokens.to(DTYPES[dtype]), None
@@ -131,7 +136,7 @@ def quantize(tokens: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     tokens = tokens.float()
     scales = (tokens.abs().amax(1) / limit).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = (tokens / scales[:, None]).clamp(-limit, limit)
-    return (scaled.round() if dtype == "int8" else scaled).to(DTYPES[dtype]), scales
+    return scaled.round().to(DTYPES[dtype]), scales
 
 
 class FeatureCache:

@@ -69,7 +69,7 @@ class CacheWriter:
         encoder: what identifies the frozen encoder, for the manifest.
         transform: of the pictures; None where records name feature files.
         num_tokens: None if it varies.
-        dtype: float32, bfloat16, float16, or with a scale a token (see `quantize`) int8, float8_e4m3fn.
+        dtype: float32, bfloat16, float16, or with a scale a token (see `quantize`) int8.
         crops: random crops beside the whole picture.
         shard_bytes: size of a shard, about.
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -140,6 +140,16 @@ class Records:
                     )
                 index += 1
         return {image_id: first for image_id, (first, _) in found.items()}
+
+
+def distinct_captions(records: Records | Sequence[Record], sample: int = 1024) -> tuple[int, int]:
+    """How many different first captions a sample of records holds, and how many records it looked at, evenly spread.
+
+    Far fewer than records are class labels or the like: equal texts are no negatives of each other.
+    """
+    rows = range(0, len(records), max(1, len(records) // sample))
+    captions = [" ".join(record.captions[0].lower().split()) for i in rows if (record := records[i]).captions]
+    return len(set(captions)), len(captions)
 
 
 def identify(name: str, content: bytes | None, image_id: Any, base: str = "") -> Identity:

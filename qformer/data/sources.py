@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from qformer.data.addresses import is_address
 from qformer.data.folders import open_folder
 from qformer.data.records import Records, Table
-from qformer.data.row_groups import open_row_groups
 from qformer.data.rows import READERS, open_file, open_hub, open_saved
 from qformer.data.tars import open_tars
 
@@ -26,8 +25,8 @@ def read_records(
     ones map it into memory.
 
     Args:
-        sources: .jsonl, .json or .parquet files; folders of images, or saved by `datasets`; WebDataset tars, and parquet files at an address
-            of fsspec (both with {000..099}, {a,b}, * and ? in the name); ids of hub data sets. "SOURCE:NAME" keeps only
+        sources: .jsonl, .json or .parquet files; folders of images, or saved by `datasets`; WebDataset tars, here or at an address
+            of fsspec (with {000..099}, {a,b}, * and ? in the name); ids of hub data sets. "SOURCE:NAME" keeps only
             the records whose `split` is NAME (a file) or reads that split (a hub data set, otherwise its "train").
         root: the folder that relative pictures of record files start from; by default the folder of the record file.
         key: the config key that named the sources, for messages.
@@ -64,11 +63,7 @@ def _open(source: str, root: str | None, base: str, key: str) -> Table:
     if source.endswith(".tar"):
         return open_tars(source if is_address(source) else os.path.expanduser(source), key)
     if is_address(source):
-        if source.endswith(".parquet"):
-            return open_row_groups(source, key)
-        raise ValueError(
-            f"{key}: {source!r} is an address; only .tar and .parquet files are read at one, fetch others first"
-        )
+        raise ValueError(f"{key}: {source!r} is an address; only .tar files are read at one; download it, or pack tars")
     path, split = _split_source(os.path.expanduser(source))
     if any(os.path.isfile(os.path.join(path, name)) for name in SAVED):
         return open_saved(path, split, root, base, key)
