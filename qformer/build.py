@@ -64,6 +64,7 @@ def build_language_model(config: LlmConfig) -> FrozenLanguageModel:
         random_weights=config.random_weights,
         activation=config.activation,
         quantise=config.quantise,
+        chat=config.chat,
     )
 
 
@@ -146,6 +147,8 @@ def build_stage2(config: Stage2Part) -> Stage2:
     tokenizer = build_tokenizer(config.qformer) if stage2.instructed else None
     encoder = build_encoder(config.encoder, run.data if run else None)
     llm = build_language_model(config.llm)
+    if run:  # no row may turn out too long on its way
+        llm.require_lengths(config.qformer.queries, config.llm.prompt, config.llm.max_target_tokens)
     torch.manual_seed(run.train.seed if run else 0)
     vocabulary = None if tokenizer is None else len(tokenizer)
     qformer = build_qformer(config.qformer, encoder.width, vocabulary, recompute_ffn=False)

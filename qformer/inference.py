@@ -1,50 +1,51 @@
 """A trained adapter put to use: captions, answers, embeddings and matching scores, in batches."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qformer.build import STAGES, build_stage, build_transform
-from qformer.checkpoint import load_strictly, read_adapter
-from qformer.config import LlmConfig, ModelPart, Stage2Part, model_part, read_config, read_values
+from qformer.checkpoint import TENSORS, load_strictly, read_adapter
+from qformer.config import LlmConfig, ModelPart, Stage2Part, model_part, prompt_problem, read_config, read_values
 from qformer.data import Record, clean_question, load_features, load_image
 from qformer.encoders import Features
+from qformer.messages import one_line
 from qformer.models import Stage, Stage1, Stage2
-from qformer.text import PROMPTS
+from qformer.text import PROMPTS, continue_prompt
 
 Picture = Image.Image | str | Path | Tensor
+Images = Picture | Sequence[Picture] | Features
+ADAPTER_FILES = ["*.safetensors", "*.yaml", "*.md", "*.json", "SHA256SUMS", "llm_lora/*", "encoder_lora/*"]
 
 
-def load(path: str | Path, device: str | None = None) -> "VisionLanguageModel":
+def load(path: str | Path, device: str | None = None, revision: str | None = None) -> "VisionLanguageModel":
     """Rebuild a trained model from an adapter folder: frozen parts by id, trainable tensors strictly from the file.
 
     Args:
-        path: what a run leaves in `run.dir/adapter`.
+        path: what a run leaves in `run.dir/adapter`, that run's folder, or the hub id of a repository that holds either.
         device: where to run, e.g. "cuda"; None = the accelerator if there is one.
+        revision: of a hub id.
 
-    Raises: ValueError when the folder is no adapter, or its tensors do not fit its config.
+    Raises: ValueError when the folder is no adapter, its tensors do not fit its config, or there is no such device.
     """
-    folder = Path(path)
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(
-            f"{folder} is no adapter folder: it has no config.yaml; expected what a run leaves in run.dir/adapter"
-        )
+    place = _require_device(device)
+    folder = _adapter_folder(path, revision)
     tensors, config = read_adapter(folder), read_model_part(folder)
-    if device == "cpu" and isinstance(config, Stage2Part) and config.llm.quantise != "no":
+    if place.type == "cpu" and device and isinstance(config, Stage2Part) and config.llm.quantise != "no":
         raise ValueError(
             f"{folder} has llm.quantise={config.llm.quantise}, which runs on CUDA only; to have it on the CPU, or to export "
             "it, set llm.quantise=no in its config.yaml: what was trained fits the whole weights as well"
         )
     model = build_stage(config)
     load_strictly(model.adapter, tensors, str(folder))
-    if device is None:
-        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    return VisionLanguageModel(model.eval().to(device), config)
+    return VisionLanguageModel(model.eval().to(place), config)
 
 
 def read_model_part(folder: Path) -> ModelPart:
@@ -58,10 +59,45 @@ def read_model_part(folder: Path) -> ModelPart:
     return read_config(folder, model_part(STAGES[stage][0]))
 
 
+def _require_device(device: str | None) -> torch.device:
+    if device is None:
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, ImportError) as error:
+        count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        here = [f"{torch.accelerator.current_accelerator()}:{i}" for i in range(count)]
+        raise ValueError(
+            f"device={device!r} cannot be used ({one_line(error)}); here there is {', '.join(['cpu', *here])}"
+        ) from None
+    return torch.device(device)
+
+
+def _adapter_folder(path: str | Path, revision: str | None) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        patterns = [*ADAPTER_FILES, *(f"adapter/{name}" for name in ADAPTER_FILES)]
+        try:
+            folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} is neither a folder here nor a repository of the hub that can be fetched ({one_line(error)}); "
+                "expected what a run leaves in run.dir/adapter"
+            ) from None
+    if not (folder / TENSORS).is_file() and (folder / "adapter" / TENSORS).is_file():  # a run's folder
+        folder = folder / "adapter"
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{folder} is no adapter folder: it has no config.yaml; expected what a run leaves in run.dir/adapter"
+        )
+    return folder
+
+
 class VisionLanguageModel:
     """A loaded adapter between its frozen models. Stage 2 captions and answers; stage 1 embeds and matches.
 
-    Pictures are PIL images, paths, or what `read` returned; with precomputed features, paths of .npy or .safetensors files.
+    Images are PIL images, paths, what `read` returned, or all of them as what `encode` returned; a single one needs no
+    list. With precomputed features they are paths of .npy or .safetensors files.
     """
 
     def __init__(self, model: Stage, config: ModelPart) -> None:
@@ -69,16 +105,26 @@ class VisionLanguageModel:
         self.transform = build_transform(model.encoder)
         self.device = next(model.adapter.parameters()).device
 
-    def caption(self, images: Sequence[Picture], prompt: str | None = None, **generation: Any) -> list[str]:
-        """One caption a picture.
+    def caption(self, images: Images, prompt: str | Sequence[str] | None = None, **generation: Any) -> list[str]:
+        """One caption an image; with `num_return` several, those of an image next to each other.
 
         Args:
-            prompt: text the caption continues; None = the one of training.
+            prompt: text the caption continues, one for all or one an image; None = the one of training.
             generation: `num_beams`, `max_new_tokens`, `min_new_tokens`, `length_penalty`, `do_sample`, `top_p`,
-                `temperature` of `FrozenLanguageModel.generate`.
+                `temperature`, `num_return`, `repetition_penalty`, `no_repeat_ngram_size` of
+                `FrozenLanguageModel.generate`.
+
+        Raises: ValueError when the numbers of images and prompts differ, or an image cannot be read.
         """
         model, llm = self._stage2("caption")
-        prompts = [llm.prompt if prompt is None else prompt] * len(images)
+        images = self._each(images)
+        count = len(images.tokens) if isinstance(images, Features) else len(images)
+        prompt = llm.prompt if prompt is None else prompt
+        prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != count:
+            raise ValueError(f"{len(prompts)} prompts for {count} images; give one each, or one text for all")
+        if not count:
+            return []
         settings = {
             "num_beams": llm.num_beams,
             "max_new_tokens": llm.caption_max_new_tokens,
@@ -89,71 +135,100 @@ class VisionLanguageModel:
         return model.llm.generate(visual_prompt, prompts, **settings)
 
     def answer(
-        self, images: Sequence[Picture] | None, questions: Sequence[str], context: Sequence[str] | None = None,
-        **generation: Any,
+        self, images: Images | None, questions: str | Sequence[str], context: str | Sequence[str] | None = None, *,
+        history: Sequence[tuple[str, str]] = (), prompt: str | None = None, **generation: Any,
     ) -> list[str]:  # fmt: skip
-        """One answer a question; a picture that stands beside several questions is encoded once.
+        """One answer a question; an image that stands beside several questions is encoded once.
 
         Args:
-            images: one picture a question, or a single one for all; None asks the language model alone, without a picture.
-            context: text before each question, such as the conversation so far.
+            images: one image a question, or a single one for all; None asks the language model alone, without an image.
+            context: text before each question.
+            history: questions and answers of the conversation so far; in a chat turns of their own.
+            prompt: the prompt of a question, {} in its place; None = `vqa_prompt`.
             generation: as for `caption`.
 
-        Raises: ValueError when the numbers of pictures and questions do not fit.
+        Raises: ValueError when the numbers of images, contexts and questions do not fit, or as `caption` does.
         """
         model, llm = self._stage2("answer")
-        before = context or [""] * len(questions)
-        prompts = [
-            f"{b} {self.vqa_prompt.format(clean_question(q))}".strip() for b, q in zip(before, questions, strict=True)
-        ]
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        before = [context] * len(questions) if isinstance(context, str) else context or [""] * len(questions)
+        if len(before) != len(questions):
+            raise ValueError(f"{len(before)} contexts for {len(questions)} questions; give one each")
+        asked = [continue_prompt(b, self.ask(q, prompt)) for b, q in zip(before, questions, strict=True)]
+        turns = [(self.ask(question, prompt), answer) for question, answer in history]
+        prompts: list[Any]
+        if model.llm.chat is None:
+            said = " ".join(f"{question} {answer}\n" for question, answer in turns)
+            prompts = [f"{said} {text}" if said else text for text in asked]
+        else:
+            prompts = [[*(turn for pair in turns for turn in pair), text] for text in asked]
         penalty = llm.vqa_length_penalty
         settings = {
             "num_beams": llm.num_beams,
             "max_new_tokens": llm.vqa_max_new_tokens,
             "length_penalty": penalty if penalty is not None else -1.0 if model.llm.is_encoder_decoder else 0.0,
         } | generation
-        if images is None:
+        if images is None or not questions:
             return model.llm.generate(None, prompts, **settings)
-        if len(images) not in (1, len(questions)):
-            raise ValueError(f"{len(images)} pictures for {len(questions)} questions; give one each, or one for all")
-        keys = [str(p) if isinstance(p, str | Path) else id(p) for p in images]
-        first = dict(zip(keys, images, strict=True))
-        row = {key: i for i, key in enumerate(first)}
-        rows = torch.tensor([row[key] for key in keys], device=self.device).expand(len(questions))
+        features, rows = self._encode_once(self._each(images), len(questions))
+        texts = [text if isinstance(text, str) else text[-1] for text in prompts]
         with torch.no_grad():
-            visual_prompt = model.visual_prompt(self.encode(list(first.values())), prompts, rows)
+            visual_prompt = model.visual_prompt(features, texts, rows)
         return model.llm.generate(visual_prompt, prompts, **settings)
 
+    def ask(self, question: str, prompt: str | None = None) -> str:
+        """A question, cleaned as in training, in its prompt.
+
+        Raises: ValueError when the prompt does not hold {} once.
+        """
+        prompt = self.vqa_prompt if prompt is None else prompt
+        if problem := prompt_problem(prompt) if prompt else "'' has no {}, where the question goes":
+            raise ValueError(f"prompt: {problem}")
+        return prompt.replace("{}", clean_question(question))
+
     @torch.no_grad()
-    def embed_image(self, images: Sequence[Picture]) -> Tensor:
+    def embed_image(self, images: Images) -> Tensor:
         """Contrastive embeddings float[B, Q, E] of unit length, one a query."""
         adapter = self._stage1("embed_image").adapter
-        features = self.encode(images)
-        return adapter.embed_queries(adapter.qformer.query_pass(adapter.project_images(*features)).output)
+        images = self._each(images)
+        if not isinstance(images, Features) and not images:
+            return torch.zeros(
+                0, self.config.qformer.queries, adapter.image_projection.out_features, device=self.device
+            )
+        return adapter.embed_queries(adapter.qformer.query_pass(adapter.project_images(*self.encode(images))).output)
 
     @torch.no_grad()
-    def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """Contrastive embeddings float[B, E] of unit length. Cosine with a picture: the largest over its queries."""
+    def embed_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Contrastive embeddings float[B, E] of unit length. Cosine with an image: the largest over its queries."""
         model = self._stage1("embed_text")
-        return model.adapter.embed_text(model.tokenize(list(texts)))
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return torch.zeros(0, model.adapter.text_projection.out_features, device=self.device)
+        return model.adapter.embed_text(model.tokenize(texts))
 
     @torch.no_grad()
-    def match(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
-        """Probability float[B] that picture and text belong together, pair by pair, by the matching head."""
+    def match(self, images: Images, texts: str | Sequence[str]) -> Tensor:
+        """Probability float[B] that image and text belong together, pair by pair, by the matching head."""
         model = self._stage1("match")
-        if len(images) != len(texts):
-            raise ValueError(f"{len(images)} pictures for {len(texts)} texts; match compares pair by pair")
+        images, texts = self._each(images), [texts] if isinstance(texts, str) else list(texts)
+        count = len(images.tokens) if isinstance(images, Features) else len(images)
+        if count != len(texts):
+            raise ValueError(f"{count} images for {len(texts)} texts; match compares pair by pair")
+        if not texts:
+            return torch.zeros(0, device=self.device)
         memory = model.adapter.project_images(*self.encode(images))
-        return model.adapter.match([memory], *model.tokenize(list(texts))).softmax(1)[:, 1]
+        return model.adapter.match([memory], *model.tokenize(texts)).softmax(1)[:, 1]
 
     @property
     def vqa_prompt(self) -> str:
-        """The prompt of a question, with {} in its place: `llm.vqa_prompt`, or BLIP-2's for this kind of model."""
+        """The prompt of a question, with {} in its place: `llm.vqa_prompt`, BLIP-2's for this kind of model, or in a chat {}."""
         model, llm = self._stage2("vqa_prompt")
+        if model.llm.chat is not None:
+            return llm.vqa_prompt or "{}"
         return llm.vqa_prompt or PROMPTS["vqa_encoder_decoder" if model.llm.is_encoder_decoder else "vqa_decoder_only"]
 
     def read(self, picture: Picture | Record) -> Tensor:
-        """A picture as the encoder wants it, float[3, S, S]; with precomputed features float[N, Dv].
+        """An image as the encoder wants it, float[3, S, S]; with precomputed features float[N, Dv].
 
         Raises: BrokenRecord (a ValueError) when it cannot be read.
         """
@@ -168,16 +243,42 @@ class VisionLanguageModel:
         return load_features(picture.image, self.model.encoder.width)
 
     @torch.no_grad()
-    def encode(self, images: Sequence[Picture]) -> Features:
-        """Frozen features of pictures, or of feature files.
+    def encode(self, images: Images) -> Features:
+        """Frozen features of images, or of feature files; what it returned is taken as it is.
 
         Raises: ValueError (`BrokenRecord`) when one cannot be read.
         """
+        images = self._each(images)
+        if isinstance(images, Features):
+            tokens, mask = images
+            return Features(tokens.to(self.device), None if mask is None else mask.to(self.device))
         parts = [self.read(image) for image in images]
         if self.transform is not None:
             return self.model.encoder(torch.stack(parts).to(self.device))
         mask = pad_sequence([torch.ones(len(part), dtype=torch.bool) for part in parts], batch_first=True)
         return self.model.encoder(pad_sequence(parts, batch_first=True).to(self.device), mask.to(self.device))
+
+    def _each(self, images: Images) -> list[Picture] | Features:
+        """The images in a list, a single one too; features as they are."""
+        if isinstance(images, Features):
+            return images
+        single = images.ndim == (2 if self.transform is None else 3) if isinstance(images, Tensor) else False
+        if single or isinstance(images, str | Path | Image.Image):
+            return [images]  # type: ignore[list-item]
+        return list(images)
+
+    def _encode_once(self, images: list[Picture] | Features, questions: int) -> tuple[Features, Tensor]:
+        """Features of the images that differ, and int64[questions], the row of each question's."""
+        count = len(images.tokens) if isinstance(images, Features) else len(images)
+        if count not in (1, questions):
+            raise ValueError(f"{count} images for {questions} questions; give one each, or one for all")
+        if isinstance(images, Features):
+            return self.encode(images), torch.arange(count, device=self.device).expand(questions)
+        keys = [str(p) if isinstance(p, str | Path) else id(p) for p in images]
+        first = dict(zip(keys, images, strict=True))
+        row = {key: i for i, key in enumerate(first)}
+        rows = torch.tensor([row[key] for key in keys], device=self.device).expand(questions)
+        return self.encode(list(first.values())), rows
 
     def _stage1(self, what: str) -> Stage1:
         if not isinstance(self.model, Stage1):

@@ -45,14 +45,14 @@ def load_frozen(
 
     Args:
         model_class: an Auto class, or the model's own.
-        config: the model's own config; of a whole checkpoint its vision_config or text_config.
+        config: the model's own config; of a whole checkpoint its vision_config or text_config; None = the checkpoint's.
         part: name of the model within a whole checkpoint, such as "language_model"; None = the checkpoint is the model.
         may_lack: pattern of tensors that need not be there.
         options: passed on to `from_pretrained`.
 
     Raises: ValueError when tensors are missing; what `from_pretrained` raises.
     """
-    options |= {"config": config, "output_loading_info": True}
+    options |= {"output_loading_info": True} | ({} if config is None else {"config": config})
     if part:
         options["key_mapping"] = {rf"^{part}\.": ""}
     with _quiet() if part else nullcontext():

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 IGNORE_INDEX = -100  # a label that no loss counts
 
 PROMPTS = {
-    "none": "",
     "caption": "a photo of",
     "vqa_decoder_only": "Question: {} Answer:",
     "vqa_encoder_decoder": "Question: {} Short answer:",
@@ -79,20 +78,28 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def split_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[list[int], list[int]]:
-    """Token ids of `prompt` and of the `target` that continues it after a space.
+def split_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, seam: str | None = None
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Token ids of `prompt` and of the `target` that continues it after `seam`; None = a space, where none is there.
 
     Both are encoded as one text, because a word's tokens depend on the space before it. A token that spans the seam
     belongs to the target.
     """
     if not prompt:
         return [], encode(tokenizer, target)
-    seam = "" if prompt[-1].isspace() or not target else " "
+    if seam is None:
+        seam = "" if prompt[-1].isspace() or not target else " "
     context, joint = encode(tokenizer, prompt), encode(tokenizer, prompt + seam + target)
     shared = 0
     while shared < min(len(context), len(joint)) and context[shared] == joint[shared]:
         shared += 1
     return joint[:shared], joint[shared:]
+
+
+def continue_prompt(prompt: str, text: str) -> str:
+    """`text` after `prompt`, a space between them where none is; the end of a prompt stays as it is written."""
+    return prompt + (" " if prompt and text and not prompt[-1].isspace() else "") + text
 
 
 def mask_context(context: list[int], target: list[int]) -> list[int]:

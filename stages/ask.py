@@ -1,10 +1,11 @@
-"""Ask a frozen language model about a picture it sees through a trained Q-Former.
+"""Ask a frozen language model about an image it sees through a trained Q-Former.
 
-python stages/ask.py runs/s2/adapter picture.jpg "what colour is the car?" "how many wheels?"
-python stages/ask.py runs/s2/adapter picture.jpg        # a conversation; an empty line ends it
+python stages/ask.py runs/s2/adapter photo.jpg "what colour is the car?" "how many wheels?"
+python stages/ask.py runs/s2/adapter photo.jpg        # a conversation; an empty line ends it
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +15,55 @@ from qformer.environment import prepare_environment
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("adapter", type=Path, help="adapter folder of stage 2")
-    parser.add_argument("picture", help="a picture (or a feature file, if the adapter was trained on features)")
+    parser.add_argument("adapter", help="stage 2's run folder or its adapter folder, or a hub id")
+    parser.add_argument("picture", help="an image (or a feature file, if the adapter was trained on features)")
     parser.add_argument("question", nargs="*", help="questions; none = a conversation")
     parser.add_argument("--sample", action="store_true", help="sample (nucleus 0.9) instead of beam search")
+    parser.add_argument("--num-beams", type=int, help="beams of the search (default: llm.num_beams)")
+    parser.add_argument("--device", help="where to run, e.g. cpu or cuda:1 (default: an accelerator if there is one)")
+    parser.add_argument("--prompt", help="prompt of a question, {} in its place (default: llm.vqa_prompt)")
     args = parser.parse_args(argv)
     # Only now what imports torch.
     prepare_environment()
+    from qformer.config import prompt_problem
     from qformer.inference import load
     from qformer.launch import reported_errors
 
     with reported_errors():
         if not Path(args.picture).is_file():
             raise ValueError(f"no picture {args.picture}")
-        model = load(args.adapter)
+        if args.num_beams is not None and args.num_beams < 1:
+            raise ValueError(f"--num-beams {args.num_beams}: expected 1 or more")
+        if args.prompt is not None and (problem := prompt_problem(args.prompt or " ")):
+            raise ValueError(f"--prompt {problem}")
+        model = load(args.adapter, args.device)
         generation: dict[str, Any] = {"do_sample": True, "num_beams": 1} if args.sample else {}
+        generation |= {} if args.num_beams is None else {"num_beams": args.num_beams}
         if args.question:
-            for answer in model.answer([args.picture], args.question, **generation):
-                print(answer)
+            for answer in model.answer([args.picture], args.question, prompt=args.prompt, **generation):
+                _print(answer)
             return
-        print(model.caption([args.picture], **generation)[0])
-        turns: list[str] = []
+        _print(model.caption([args.picture], **generation)[0])
+        turns: list[tuple[str, str]] = []
         while question := _read_line():
-            answer = _answer(model, args.picture, question, turns, generation)
-            print(answer)
-            turns.append(f"{model.vqa_prompt.format(question)} {answer}\n")
+            answer = _answer(model, args.picture, question, turns, {"prompt": args.prompt, **generation})
+            _print(answer)
+            turns.append((question, answer))
 
 
-def _answer(model: Any, picture: str, question: str, turns: list[str], generation: dict[str, Any]) -> str:
-    """Answer with the conversation so far before the question; its oldest turns are forgotten when it grows too long."""
+def _print(answer: str) -> None:
+    print(answer, flush=True)
+    if not answer:
+        print("(the answer is empty: the language model ended it at once)", file=sys.stderr)
+
+
+def _answer(model: Any, picture: str, question: str, turns: list[tuple[str, str]], settings: dict[str, Any]) -> str:
+    """Answer after the conversation so far; its oldest turns are forgotten when it grows too long."""
     from qformer.language import PromptTooLong
 
     while True:
         try:
-            return model.answer([picture], [question], [" ".join(turns)], **generation)[0]
+            return model.answer([picture], [question], history=turns, **settings)[0]
         except PromptTooLong:
             if not turns:
                 raise

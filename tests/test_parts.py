@@ -172,7 +172,7 @@ def test_activation_overrides_t5s_own_and_is_refused_elsewhere(tiny, tmp_path):
     assert load_language_model(tiny.t5, activation="gelu", random_weights=True).model.config.dense_act_fn == "gelu"
     with pytest.raises(ValueError, match=r"llm.activation='gelu': llm.id='.*' is a opt, which has no dense_act_fn"):
         load_language_model(tiny.opt, activation="gelu")
-    with pytest.raises(ValueError, match=r"llm.activation='gelo' is no activation of transformers; nearest: .*gelu"):
+    with pytest.raises(ValueError, match=r"llm.activation='gelo' is no activation of transformers; nearest are .*gelu"):
         load_language_model(tiny.t5, activation="gelo")
 
 

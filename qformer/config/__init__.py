@@ -28,10 +28,11 @@ from qformer.config.schema import (
     Stage2Config,
     Stage2Part,
     Stage2Section,
+    prompt_problem,
 )
 
 __all__ = [
     "DTYPES", "ENCODER_LOADERS", "ConfigError", "DataConfig", "EncoderConfig", "LlmConfig", "ModelPart", "QFormerConfig", "RunPart", "Stage1Config",
     "Stage1Part", "Stage1Section", "Stage2Config", "Stage2Part", "Stage2Section", "from_values", "load_config", "model_part",
-    "named_stage", "only_model", "parse_arguments", "read_config", "read_section", "read_values", "to_yaml",
+    "named_stage", "only_model", "parse_arguments", "prompt_problem", "read_config", "read_section", "read_values", "to_yaml",
 ]  # fmt: skip

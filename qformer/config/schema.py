@@ -175,7 +175,10 @@ class LlmConfig:
     quantise: str = _doc("no", "frozen weights in fewer bits, by bitsandbytes; CUDA only", ("no", "8bit", "4bit"))
     max_target_tokens: int = _doc(32, "tokens of a caption that the loss covers")
     prompt: str = _doc("", "text before the caption in training; not in the loss")
-    vqa_prompt: str = _doc("", "prompt of questions with {} for the question; empty = BLIP-2's for this kind of model")
+    chat: bool = _doc(False, "prompts are a user's turns by the tokenizer's chat template, texts the assistant's")
+    vqa_prompt: str = _doc(
+        "", "prompt of questions with {} for the question; empty = BLIP-2's for this kind of model, in a chat {} alone"
+    )
     num_beams: int = _doc(5, "beams in generation", at_least=1)
     vqa_length_penalty: float | None = _doc(None, "for answers; null = BLIP-2's: 0 decoder-only, -1 encoder-decoder")
     vqa_max_new_tokens: int = _doc(10, "longest answer")
@@ -253,6 +256,13 @@ class RunPart(_Part):
         ]  # fmt: skip
 
 
+def prompt_problem(prompt: str) -> str | None:
+    """What is wrong with a prompt of questions; "" is none."""
+    if not prompt or (prompt.count("{}") == 1 and not set(prompt.replace("{}", "")) & {"{", "}"}):
+        return None
+    return f"{prompt!r} must hold {{}} once, where the question goes, and no other brace, as 'Question: {{}} Answer:'"
+
+
 @dataclass
 class ModelPart(_Part):
     """What rebuilds a model, and all that an adapter folder keeps; `stage` names the entry of `build.STAGES`."""
@@ -299,6 +309,10 @@ class Stage2Part(ModelPart):
 
     def frozen(self) -> dict[str, EncoderConfig | LlmConfig]:
         return {**super().frozen(), "llm": self.llm}
+
+    def problems(self) -> Problems:
+        problem = prompt_problem(self.llm.vqa_prompt)
+        return [*super().problems(), (bool(problem), f"llm.vqa_prompt: {problem}")]
 
 
 @dataclass

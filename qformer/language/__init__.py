@@ -6,7 +6,8 @@ L positions of a joined row, Dl width of the language model, V vocabulary.
 
 from qformer.language.decoder_only import DecoderOnly
 from qformer.language.encoder_decoder import EncoderDecoder
-from qformer.language.frozen import FrozenLanguageModel, LanguageLoss, PromptTooLong
+from qformer.language.frozen import FrozenLanguageModel, LanguageLoss
+from qformer.language.limits import PromptTooLong
 from qformer.language.loading import load_language_model
 from qformer.language.outline import language_width, outline_language_model
 

@@ -2,21 +2,27 @@
 
 from typing import final
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qformer.language.frozen import FrozenLanguageModel, padding_last, reorder
+from qformer.language.frozen import FrozenLanguageModel, Prompt
 from qformer.text import IGNORE_INDEX, encode, pad_rows
 
 
 @final
 class EncoderDecoder(FrozenLanguageModel):
-    """The encoder reads [visual prompt][text prompt], the decoder writes the target with EOS."""
+    """The encoder reads [visual prompt][text prompt], the decoder writes the target with EOS.
+
+    In a chat the encoder reads the template up to where the answer begins.
+    """
 
     is_encoder_decoder = True
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        super().__init__(model, tokenizer, name)
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, chat: bool = False
+    ) -> None:  # fmt: skip
+        super().__init__(model, tokenizer, name, chat)
         start_id = self._special_ids["decoder_start_token_id"]
         if start_id is None:
             raise ValueError(
@@ -25,20 +31,24 @@ class EncoderDecoder(FrozenLanguageModel):
             )
         self._start_id: int = start_id
         end_id = tokenizer.eos_token_id if self.facts.eos_id is None else self.facts.eos_id
+        if self.chat is not None and self.chat.end_id is not None:
+            end_id = self.chat.end_id
         self._end_id = self._stop_ids[0] if end_id is None else end_id
 
-    def _row(self, prompt: str, target: str, max_target_tokens: int) -> tuple[list[int], list[int]]:
+    def _row(self, prompt: Prompt, target: str, max_target_tokens: int) -> tuple[list[int], list[int]]:
         target_ids = self.facts.bos_ids + encode(self.tokenizer, target)
         return self._framed(prompt), [*target_ids[: max_target_tokens - 1], self._end_id]  # EOS survives the cut
 
-    def _framed(self, prompt: str) -> list[int]:
+    def _framed(self, prompt: Prompt) -> list[int]:
+        if self.chat is not None:
+            return encode(self.tokenizer, self.chat.split(self._turns(prompt))[1])
         end = [] if self.facts.eos_id is None else [self.facts.eos_id]
-        return self.facts.bos_ids + encode(self.tokenizer, prompt) + end
+        return self.facts.bos_ids + encode(self.tokenizer, str(prompt)) + end
 
     def _logits_and_labels(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, rows: list[tuple[list[int], list[int]]]
+        self, visual_prompt: Tensor | None, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
     ) -> tuple[Tensor, Tensor]:
-        embeds, mask = self._encoder_inputs(visual_prompt, prompt_mask, [context for context, _ in rows])
+        embeds, mask = self._join(visual_prompt, before, [context for context, _ in rows])
         targets = [target for _, target in rows]
         labels, _ = pad_rows(targets, IGNORE_INDEX)
         decoder_ids, _ = pad_rows([[self._start_id, *target[:-1]] for target in targets], self.facts.pad_id)
@@ -50,14 +60,13 @@ class EncoderDecoder(FrozenLanguageModel):
         ).logits
         return logits, labels
 
-    def _start(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, prompts: list[str]
-    ) -> tuple[Tensor, Tensor]:
-        return self._encoder_inputs(visual_prompt, prompt_mask, [self._framed(prompt) for prompt in prompts])
+    def next_logits(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        start = torch.full((len(embeds), 1), self._start_id, device=embeds.device)
+        return self.model(
+            inputs_embeds=embeds, attention_mask=mask.long(), decoder_input_ids=start, use_cache=False
+        ).logits[:, -1]
 
-    def _encoder_inputs(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, ids: list[list[int]]
-    ) -> tuple[Tensor, Tensor]:
-        embeds, mask = self._join(visual_prompt, prompt_mask, ids)
-        # Relative positions are index distances: padding between queries and text would shift them.
-        return (embeds, mask) if prompt_mask is None else reorder(embeds, mask, padding_last(mask))
+    def _start(
+        self, visual_prompt: Tensor | None, before: list[list[int]], prompts: list[Prompt]
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return self._join(visual_prompt, before, [self._framed(prompt) for prompt in prompts])

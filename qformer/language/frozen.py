@@ -1,29 +1,39 @@
 """What every frozen language model has in common: loss, generation, and rows of visual prompt and text."""
 
 import inspect
+import logging
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import RepetitionPenaltyLogitsProcessor as RepetitionPenalty
 from transformers.activations import NewGELUActivation
 
-from qformer.text import IGNORE_INDEX, pad_rows, probe_tokenizer
+from qformer.language.chat import Chat
+from qformer.language.limits import Limits
+from qformer.language.rereading import rereading
+from qformer.language.trial import find_problem, heeds_mask
+from qformer.messages import one_line
+from qformer.text import IGNORE_INDEX, encode, pad_rows, probe_tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[str]
+"""A text; in a chat also the turns of user and assistant, the user's first and last."""
 
 
 class LanguageLoss(NamedTuple):
     """Cross-entropy of the target tokens and how many there are; the caller normalises over ranks and micro-batches."""
 
     total: Tensor
-    """float32[]: summed over all target tokens (float32[B], per row, with reduction "none")."""
+    """float32[]: summed over all target tokens."""
     tokens: Tensor
-    """int64[]: target tokens counted (int64[B] with reduction "none")."""
-
-
-class PromptTooLong(ValueError):
-    """What stands before an answer, and the answer, need more positions than the language model has."""
+    """int64[]: target tokens counted."""
 
 
 class FrozenLanguageModel(nn.Module, ABC):
@@ -34,14 +44,18 @@ class FrozenLanguageModel(nn.Module, ABC):
 
     Args:
         name: hub id or folder, for messages.
+        chat: prompts are a user's turns and targets the assistant's, by the tokenizer's own chat template.
 
-    Attributes: `width` (Dl), `vocab_size`, `tokenizer`, `facts` (what the tokenizer does), `is_encoder_decoder`.
-    Raises: ValueError if the model is of the other kind, or the tokenizer does not fit it (see `probe_tokenizer`).
+    Attributes: `width` (Dl), `vocab_size`, `tokenizer`, `facts` (what the tokenizer does), `chat`, `is_encoder_decoder`.
+    Raises: ValueError when the model is of the other kind, or the tokenizer does not fit it (see `probe_tokenizer`), or
+        has no chat template.
     """
 
     is_encoder_decoder: bool
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, chat: bool = False
+    ) -> None:  # fmt: skip
         super().__init__()
         if model.config.is_encoder_decoder != self.is_encoder_decoder:
             raise ValueError(
@@ -51,20 +65,13 @@ class FrozenLanguageModel(nn.Module, ABC):
         self.name, self.tokenizer, self.facts = name, tokenizer, probe_tokenizer(tokenizer, name)
         self.vocab_size, self.width = cast(nn.Embedding, model.get_input_embeddings()).weight.shape
         self._forward_arguments = frozenset(inspect.signature(model.forward).parameters)
-        self._stop_ids = [i for i in (tokenizer.eos_token_id, self.facts.line_end_id) if i is not None]
-        for what, token_id in (("pad", self.facts.pad_id), *(("end", i) for i in self._stop_ids)):
-            if token_id >= self.vocab_size:
-                raise ValueError(
-                    f"llm.id={name!r}: the tokenizer's {what} token has id {token_id}, the model embeds ids below "
-                    f"{self.vocab_size}; set that token to one of the model's vocabulary (a pad can be the EOS token) "
-                    "and save the tokenizer in the model's folder"
-                )
-        if not self._stop_ids:
-            raise ValueError(
-                f"llm.id={name!r}: its tokenizer has neither an EOS token nor one token for a line end; expected one, "
-                "or no text would ever end. Set tokenizer.eos_token, save it in the model's folder, and set llm.id to "
-                "that folder"
-            )
+        self.chat = Chat(tokenizer, name) if chat else None
+        self._limits = Limits(model.config.get_text_config(), self.vocab_size, tokenizer, name)
+        end_id = self.chat.end_id if self.chat else None
+        self._stop_ids = self._limits.stop_ids(self.facts, end_id, model.generation_config.eos_token_id)
+        self._limits.require_embedded()
+        self._pads_freely: bool | None = None  # whether padding leaves a row as it is; None = not yet tried
+        self._rereads = False  # no cache of this model serves: every token reads its row anew
         self._special_ids: dict[str, Any] = {
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": self._stop_ids,
@@ -105,12 +112,10 @@ class FrozenLanguageModel(nn.Module, ABC):
     def loss(
         self,
         visual_prompt: Tensor | None,
-        prompts: list[str],
-        targets: list[str],
+        prompts: Sequence[Prompt],
+        targets: Sequence[str],
         *,
-        prompt_mask: Tensor | None = None,
         max_target_tokens: int = 32,
-        reduction: str = "sum",
     ) -> LanguageLoss:
         """Cross-entropy of each target after its visual prompt and text prompt; not smoothed.
 
@@ -118,50 +123,50 @@ class FrozenLanguageModel(nn.Module, ABC):
             visual_prompt: float[B, Q, Dl], or None for text only.
             prompts: B texts that the loss does not cover; "" for none.
             targets: B texts to predict; a line end (decoder-only) or EOS (encoder-decoder) is appended.
-            prompt_mask: bool[B, Q], False on queries that are padding; at least one True per row.
             max_target_tokens: longer targets are cut; what begins or ends a text counts, as in the reference.
-            reduction: "sum" over all tokens, "mean" over all tokens, or "none": one sum per row.
 
-        Raises: ValueError for another `reduction`.
+        Raises: ValueError when a row needs more positions or other token ids than the model has.
         """
-        if reduction not in ("sum", "mean", "none"):
-            raise ValueError(f"reduction={reduction!r}: expected 'sum', 'mean' or 'none'")
+        _require_list(prompts, "prompts")
+        _require_list(targets, "targets")
         assert len(prompts) == len(targets)
         assert max_target_tokens >= 1
-        _check_visual_prompt(visual_prompt, prompt_mask, len(prompts), self.width)
+        _check_visual_prompt(visual_prompt, len(prompts), self.width)
         rows = [self._row(*pair, max_target_tokens) for pair in zip(prompts, targets, strict=True)]
-        logits, labels = self._logits_and_labels(visual_prompt, prompt_mask, rows)
+        before = [self._before(prompt) for prompt in prompts]
+        self._require_room(visual_prompt, before, rows)
+        lengths = {len(b) + len(row[0]) for b, row in zip(before, rows, strict=True)}
+        # What an encoder reads may be padded only if it heeds the mask; after a decoder's text nothing sees the padding.
+        if self.is_encoder_decoder and len(lengths) > 1 and not self._try_padding():
+            alone = [
+                self._sum(None if visual_prompt is None else visual_prompt[i : i + 1], before[i : i + 1], [row])
+                for i, row in enumerate(rows)
+            ]
+            totals, tokens = zip(*alone, strict=True)
+            return LanguageLoss(torch.stack(totals).sum(), torch.stack(tokens).sum())
+        return self._sum(visual_prompt, before, rows)
+
+    def _sum(
+        self, visual_prompt: Tensor | None, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
+    ) -> LanguageLoss:  # fmt: skip
+        logits, labels = self._logits_and_labels(visual_prompt, before, rows)
         labels = labels.to(logits.device)
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
-        totals, tokens = losses.sum(1), (labels != IGNORE_INDEX).sum(1)
-        if reduction == "none":
-            return LanguageLoss(totals, tokens)
-        return LanguageLoss(totals.sum() / tokens.sum() if reduction == "mean" else totals.sum(), tokens.sum())
+        return LanguageLoss(losses.sum(1).sum(), (labels != IGNORE_INDEX).sum(1).sum())
 
     def count_target_tokens(
-        self,
-        prompts: list[str],
-        targets: list[str],
-        *,
-        max_target_tokens: int = 32,
-        with_visual_prompt: bool = True,
-    ) -> int:
-        """How many tokens `loss` will count, without running the model.
-
-        Args:
-            with_visual_prompt: False if `loss` will get None: the first token of a row is then predicted from nothing.
-        """
-        rows = [self._row(*pair, max_target_tokens) for pair in zip(prompts, targets, strict=True)]
-        unpredicted = not (with_visual_prompt or self.is_encoder_decoder)
-        return sum(len(target) - (unpredicted and not context) for context, target in rows)
+        self, prompts: Sequence[Prompt], targets: Sequence[str], *, max_target_tokens: int = 32
+    ) -> int:  # fmt: skip
+        """How many tokens `loss` after a visual prompt will count, without running the model."""
+        pairs = zip(prompts, targets, strict=True)
+        return sum(len(target) for _, target in (self._row(*pair, max_target_tokens) for pair in pairs))
 
     @torch.no_grad()
     def generate(
         self,
         visual_prompt: Tensor | None,
-        prompts: list[str],
+        prompts: Sequence[Prompt],
         *,
-        prompt_mask: Tensor | None = None,
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
         num_beams: int = 5,
@@ -170,52 +175,156 @@ class FrozenLanguageModel(nn.Module, ABC):
         top_p: float = 0.9,
         temperature: float = 1.0,
         num_return: int = 1,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
     ) -> list[str]:
         """Continue each prompt up to EOS, a line end or `max_new_tokens`; a batch gives what each row alone gives.
 
         Args:
             visual_prompt: float[B, Q, Dl], or None for text only.
             prompts: B texts; "" for none.
-            prompt_mask: bool[B, Q], False on queries that are padding; at least one True per row.
             length_penalty: beam scores are divided by length ** length_penalty.
             do_sample: draw from the top_p nucleus at `temperature`; num_beams=1 is plain nucleus sampling.
             num_return: texts per row, best first.
+            repetition_penalty: above 1, tokens that the text already holds become less likely; the prompt does not count.
+            no_repeat_ngram_size: no run of so many tokens occurs twice in a text; 0 = any may.
 
         Returns: B * num_return texts without their prompts, the texts of a row next to each other.
         Raises: PromptTooLong; ValueError for a search that cannot give `num_return` texts, or a row with nothing to start
             from.
         """
-        _check_visual_prompt(visual_prompt, prompt_mask, len(prompts), self.width)
+        _require_list(prompts, "prompts")
+        _check_visual_prompt(visual_prompt, len(prompts), self.width)
         if not do_sample and num_return > num_beams:
             raise ValueError(
                 f"num_return={num_return} with num_beams={num_beams}: a search keeps one text per beam; "
                 f"set num_beams to at least {num_return}, or do_sample=True"
             )
+        if not prompts:
+            return []
         settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
         settings |= {"length_penalty": length_penalty, "early_stopping": False} if num_beams > 1 else {}
-        embeds, mask = self._start(visual_prompt, prompt_mask, prompts)
-        length = embeds.shape[1] + (0 if self.is_encoder_decoder else max_new_tokens)
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or length
-        if length > positions:
-            raise PromptTooLong(f"prompt and answer may take {length} positions; the language model has {positions}")
-        new_ids = cast(Any, self.model).generate(
-            inputs_embeds=embeds,
-            attention_mask=mask.long(),
-            **self._read_ahead(embeds, mask, max(num_beams, num_return)),
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=min_new_tokens or None,
-                num_beams=num_beams,
-                do_sample=do_sample,
-                num_return_sequences=num_return,
-                **self._special_ids,
-                **settings,
-            ),
+        settings |= {"no_repeat_ngram_size": no_repeat_ngram_size} if no_repeat_ngram_size > 0 else {}
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens or None,
+            num_beams=num_beams,
+            do_sample=do_sample,
+            num_return_sequences=num_return,
+            **self._special_ids,
+            **settings,
         )
+        embeds, mask = self._start(visual_prompt, [self._before(p) for p in prompts], list(prompts))
+        self._limits.require_positions(embeds.shape[1], max_new_tokens, "prompt and answer may take")
+        groups = (
+            [slice(None)] if bool(mask.all()) or self._try_padding() else [slice(i, i + 1) for i in range(len(mask))]
+        )
+        new_ids = [
+            row
+            for group in groups
+            for row in self._search(embeds[group], mask[group], config, repetition_penalty, len(groups) > 1)
+        ]
+        assert all(len(row) <= max_new_tokens for row in new_ids)
+        return [self._text(row) for row in new_ids]
+
+    def _search(
+        self, embeds: Tensor, mask: Tensor, config: GenerationConfig, repetition_penalty: float, alone: bool
+    ) -> list[list[int]]:
+        """New ids of each row; `alone`: a single row, whose padding is taken off."""
+        if alone:
+            embeds, mask = embeds[:, mask[0]], mask[:, mask[0]]
+        # Not by the config: there, with rows from embeddings, padding shields the first new tokens from the penalty.
+        penalties = [RepetitionPenalty(repetition_penalty)] if repetition_penalty != 1 else []
+        more: dict[str, Any] = {"logits_processor": LogitsProcessorList(penalties)} if penalties else {}
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask.long(), "generation_config": config, **more}
+        copies = max(cast(int, config.num_beams), cast(int, config.num_return_sequences))
+        new_ids = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Passing `")
+            if not self._rereads:
+                try:
+                    ahead = self._read_ahead(embeds, mask, copies)
+                    new_ids = cast(Any, self.model).generate(**inputs, **ahead)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    if self.is_encoder_decoder:
+                        raise
+                    logger.warning(
+                        "llm.id=%r: %s cannot search with its cache (%s); every token reads its row anew, which is slower",
+                        self.name, type(self.model).__name__, one_line(error),
+                    )  # fmt: skip
+                    self._rereads = True
+            if new_ids is None:
+                model = rereading(self.model, self.inputs_of)
+                new_ids = cast(Any, model).generate(**inputs)
         if self.is_encoder_decoder:
             new_ids = new_ids[:, 1:]  # the decoder's start token
-        assert new_ids.shape[1] <= max_new_tokens
-        return [self._text(row) for row in new_ids.tolist()]
+        return cast(list[list[int]], new_ids.tolist())
+
+    def require_generation(self, num_beams: int = 1) -> None:
+        """Try what stage 2 will ask for: a gradient to the visual prompt, and texts by `num_beams` beams.
+
+        Costs a few passes over rows of a few tokens; call it where the weights are, before the first step.
+
+        Raises: ValueError when the model cannot be trained through, reads ahead, or cannot write from embeddings.
+        """
+        problem = find_problem(self, num_beams)
+        if problem:
+            raise ValueError(
+                f"llm.id={self.name!r}: {type(self.model).__name__} does not serve behind a visual prompt: {problem}; "
+                "set llm.id to another language model"
+            )
+
+    def _try_padding(self) -> bool:
+        """Whether padding leaves a row as it is: a state that runs along the row, or a position counted from its
+        beginning, reads it. Tried once.
+        """
+        if self._pads_freely is None:
+            self._pads_freely = heeds_mask(self)
+            if not self._pads_freely:
+                logger.warning(
+                    "llm.id=%r: %s reads padding; texts of different lengths go through it row by row",
+                    self.name, type(self.model).__name__,
+                )  # fmt: skip
+        return self._pads_freely
+
+    def require_lengths(self, queries: int, prompt: str, max_target_tokens: int) -> None:
+        """Before a run: room for `queries`, the text prompt and a target.
+
+        Raises: ValueError when they need more positions, or the prompt other token ids, than the model has.
+        """
+        before, (context, _) = self._before(prompt), self._row(prompt, "", max_target_tokens)
+        self._limits.require_ids([before + context])
+        read = queries + len(before) + len(context)
+        self._limits.require_positions(
+            read, max_target_tokens,
+            f"qformer.queries={queries}, llm.prompt of {len(before) + len(context)} tokens and "
+            f"llm.max_target_tokens={max_target_tokens} take",
+        )  # fmt: skip
+
+    def _require_room(
+        self, visual_prompt: Tensor | None, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
+    ) -> None:
+        self._limits.require_ids([b + context + target for b, (context, target) in zip(before, rows, strict=True)])
+        queries = 0 if visual_prompt is None else visual_prompt.shape[1]
+        read = queries + max(len(b) + len(context) for b, (context, _) in zip(before, rows, strict=True))
+        if self.is_encoder_decoder:
+            self._limits.require_positions(read, max(len(target) for _, target in rows), "prompt and target take")
+        else:
+            longest = max(len(b) + len(c) + len(t) for b, (c, t) in zip(before, rows, strict=True))
+            self._limits.require_positions(queries + longest, 0, "prompt and target take")
+
+    def _turns(self, prompt: Prompt) -> list[str]:
+        return [prompt] if isinstance(prompt, str) else list(prompt)
+
+    def _before(self, prompt: Prompt) -> list[int]:
+        """Ids before the visual prompt: a chat's template."""
+        if self.chat is None:
+            if not isinstance(prompt, str):
+                raise ValueError(f"a prompt of {len(prompt)} turns needs llm.chat=true; expected a text")
+            return []
+        return encode(self.tokenizer, self.chat.split(self._turns(prompt))[0])
 
     def _text(self, new_ids: list[int]) -> str:
         end = next((i for i, token_id in enumerate(new_ids) if token_id in self._stop_ids), len(new_ids))
@@ -223,63 +332,67 @@ class FrozenLanguageModel(nn.Module, ABC):
         return text.split("\n")[0].strip()
 
     def _join(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, ids: list[list[int]], *, left: bool = False
+        self, visual_prompt: Tensor | None, before: list[list[int]], ids: list[list[int]], *, pads_first: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Rows [visual prompt][text] as float[B, L, Dl] and their mask bool[B, L].
+        """Rows [before][visual prompt][text] without a gap, as float[B, L, Dl], and their mask bool[B, L].
 
-        Padding follows the text, or with `left` stands between visual prompt and text:
-
-            left=False  [v v a b]     left=True  [v v a b]
-                        [v v a .]                [v v . a]
+        pads_first=False  [v v a b]     pads_first=True  [v v a b]
+                          [v v a .]                      [. v v a]
         """
         device = self._embedding.weight.device
-        text_ids, mask = (rows.to(device) for rows in pad_rows(ids, self.facts.pad_id, left=left))
-        embeds = self.embed(text_ids)
         if visual_prompt is None:
+            ids = [b + text for b, text in zip(before, ids, strict=True)]
             if not all(ids):
                 raise ValueError(
                     f"prompts[{ids.index([])}]='' without a visual prompt: llm.id={self.name!r} adds no token "
                     "of its own to start from; expected a text prompt"
                 )
+        text_ids, mask = (rows.to(device) for rows in pad_rows(ids, self.facts.pad_id))
+        embeds = self.embed(text_ids)
+        if visual_prompt is not None:
+            visual_mask = mask.new_ones(visual_prompt.shape[:2])
+            embeds, mask = torch.cat([visual_prompt.to(embeds), embeds], 1), torch.cat([visual_mask, mask], 1)
+            if any(before):
+                first, first_mask = (rows.to(device) for rows in pad_rows(before, self.facts.pad_id))
+                embeds, mask = torch.cat([self.embed(first), embeds], 1), torch.cat([first_mask, mask], 1)
+        if not pads_first and (visual_prompt is None or len({len(b) for b in before}) == 1):
             return embeds, mask
-        visual_mask = mask.new_ones(visual_prompt.shape[:2]) if prompt_mask is None else prompt_mask.to(device)
-        embeds = torch.cat([visual_prompt.to(embeds), embeds], 1)
-        return embeds, torch.cat([visual_mask, mask], 1)
+        order = mask.int().argsort(dim=1, descending=not pads_first, stable=True)
+        return embeds.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)
 
     def _read_ahead(self, embeds: Tensor, mask: Tensor, copies: int) -> dict[str, Any]:
         """More arguments of `generate`, which would read every row again for each of its `copies`."""
         return {}
 
+    def inputs_of(self, embeds: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Arguments of the model's `forward` for rows float[B, L, Dl] and their mask bool[B, L]."""
+        return {"inputs_embeds": embeds, "attention_mask": mask.long()}
+
     @abstractmethod
-    def _row(self, prompt: str, target: str, max_target_tokens: int) -> tuple[list[int], list[int]]:
-        """Ids that are given, and ids that are predicted."""
+    def _row(self, prompt: Prompt, target: str, max_target_tokens: int) -> tuple[list[int], list[int]]:
+        """Ids after the visual prompt that are read, and ids that are predicted."""
 
     @abstractmethod
     def _logits_and_labels(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, rows: list[tuple[list[int], list[int]]]
+        self, visual_prompt: Tensor | None, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
     ) -> tuple[Tensor, Tensor]:
         """float[B, T, V] and the int64[B, T] they should predict, for the positions some row has a target at."""
 
     @abstractmethod
+    def next_logits(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """float[B, V] of the first token that follows rows float[B, L, Dl] with mask bool[B, L]."""
+
+    @abstractmethod
     def _start(
-        self, visual_prompt: Tensor | None, prompt_mask: Tensor | None, prompts: list[str]
+        self, visual_prompt: Tensor | None, before: list[list[int]], prompts: list[Prompt]
     ) -> tuple[Tensor, Tensor]:
         """float[B, L, Dl] and bool[B, L] to generate from."""
 
 
-def _check_visual_prompt(visual_prompt: Tensor | None, prompt_mask: Tensor | None, rows: int, width: int) -> None:
+def _require_list(texts: Sequence[Prompt], name: str) -> None:
+    if isinstance(texts, str):
+        raise ValueError(f"{name}={texts[:40]!r} is one text; expected a list of them, one a row: [{texts[:40]!r}]")
+
+
+def _check_visual_prompt(visual_prompt: Tensor | None, rows: int, width: int) -> None:
     assert visual_prompt is None or (visual_prompt.shape[0], visual_prompt.shape[2]) == (rows, width)
-    if prompt_mask is not None:
-        assert visual_prompt is not None
-        assert prompt_mask.shape == visual_prompt.shape[:2]
-        assert bool(prompt_mask.any(1).all()), "every row needs a query that is not padding"
-
-
-def padding_last(mask: Tensor) -> Tensor:
-    """Positions int64[B, L] in the order that puts the True ones of bool[B, L] first, otherwise as they were."""
-    return mask.int().argsort(dim=1, descending=True, stable=True)
-
-
-def reorder(embeds: Tensor, mask: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """float[B, L, Dl] and bool[B, L] with the positions int64[B, L] in that order."""
-    return embeds.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)

@@ -1,6 +1,5 @@
 """From a config's values to a frozen language model."""
 
-import difflib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +9,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
 )
 from transformers.activations import ACT2FN
 
@@ -23,6 +26,7 @@ from qformer.config import DTYPES
 from qformer.language.decoder_only import DecoderOnly
 from qformer.language.encoder_decoder import EncoderDecoder
 from qformer.language.frozen import FrozenLanguageModel
+from qformer.messages import nearest, one_line
 from qformer.parts import WHOLE, load_frozen, torch_dtype
 
 
@@ -32,40 +36,36 @@ def load_language_model(
     revision: str | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
-    device_map: Any = None,
     random_weights: bool = False,
     activation: str | None = None,
     quantise: str = "no",
+    chat: bool = False,
 ) -> FrozenLanguageModel:
     """Load a causal or sequence-to-sequence language model of transformers; its config says which.
 
     Args:
-        id: hub id or folder, with its tokenizer; of a whole BLIP-2 or InstructBLIP only the language model is read.
+        id: hub id or folder, with its tokenizer; of a whole BLIP-2 or InstructBLIP only the language model is read, of
+            another multimodal model (Gemma 3, LLaVA) its text model is taken out.
         dtype: of the frozen weights: "float32", "bfloat16" or "float16".
-        device_map: passed on to transformers.
         random_weights: build the architecture from its config with weights drawn from seed 0.
         activation: T5's `dense_act_fn` in place of its own.
         quantise: "8bit" or "4bit" (NF4) by bitsandbytes, on this process's own GPU, computing in `dtype`; "no".
+        chat: prompts are a user's turns, targets the assistant's, by the tokenizer's own chat template.
 
-    Raises:
-        ValueError: unknown `dtype`, `quantise` without CUDA, bitsandbytes or weights, model or tokenizer not found, not a language model, `device_map` with
-            `random_weights`, `activation` for a model without one, missing weights, or a tokenizer that does not fit
-            (see `probe_tokenizer`).
+    Raises: ValueError when `dtype` is unknown, `quantise` goes without CUDA, bitsandbytes or weights, model or tokenizer is
+        not found or no language model, `activation` is for a model without one, weights are missing, or the tokenizer
+        does not fit (see `probe_tokenizer`) or has no chat template.
     """
     weights_dtype = torch_dtype("llm.dtype", dtype, DTYPES)
-    if random_weights and device_map is not None:
-        raise ValueError(
-            f"llm.random_weights=true with device_map={device_map!r}: expected None; move the model instead"
-        )
     if quantise != "no":
         _require_quantisable(quantise, random_weights)
-        device_map = {"": torch.cuda.current_device()}
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _errors_named(id):
         config = AutoConfig.from_pretrained(id, **source)
         part = "language_model" if config.model_type in WHOLE else None
         tokenizer = AutoTokenizer.from_pretrained(id, **source)
-    config = config.text_config if part else config
+    whole = None if part or random_weights else _multimodal_class(config)
+    config = config.text_config if part or _multimodal_class(config) else config
     if activation is not None:
         _set_activation(config, activation, id)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -75,11 +75,34 @@ def load_language_model(
                 torch.manual_seed(0)
                 model = auto_class.from_config(config, dtype=weights_dtype, trust_remote_code=trust_remote_code)
         else:
-            source |= {"dtype": weights_dtype, "device_map": device_map} | quantisation(quantise, weights_dtype)
-            model = load_frozen(auto_class, id, config, part, **source)
+            source |= {"dtype": weights_dtype} | quantisation(quantise, weights_dtype)
+            model = load_frozen(whole or auto_class, id, None if whole else config, part, **source)
+            model = _text_model(model, auto_class, config) if whole else model
     if part:  # the ids that generation starts from are the language model's; the checkpoint's own file may lack them
         model.generation_config = GenerationConfig.from_model_config(config)
-    return (EncoderDecoder if config.is_encoder_decoder else DecoderOnly)(model, tokenizer, id)
+    return (EncoderDecoder if config.is_encoder_decoder else DecoderOnly)(model, tokenizer, id, chat)
+
+
+def _multimodal_class(config: Any) -> Any:
+    """The class of a whole multimodal model whose text model is a causal one of transformers; None for any other."""
+    text = getattr(config, "text_config", None)
+    if not isinstance(text, PreTrainedConfig) or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
+
+
+def _text_model(whole: Any, auto_class: Any, config: Any) -> Any:
+    """The causal language model inside a multimodal one, its weights as they are; the rest is let go."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    body = whole.get_decoder()
+    inner = getattr(model, model.base_model_prefix)
+    if type(body) is not type(inner):
+        raise ValueError(f"{type(whole).__name__} holds a {type(body).__name__}; expected a {type(inner).__name__}")
+    setattr(model, model.base_model_prefix, body)
+    model.set_output_embeddings(whole.get_output_embeddings())
+    model.generation_config = whole.generation_config
+    return model
 
 
 def quantisation(quantise: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -89,7 +112,7 @@ def quantisation(quantise: str, dtype: torch.dtype) -> dict[str, Any]:
     settings = {"load_in_8bit": True} if quantise == "8bit" else {
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype
     }  # fmt: skip
-    return {"quantization_config": BitsAndBytesConfig(**settings)}
+    return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": torch.cuda.current_device()}}
 
 
 def _require_quantisable(quantise: str, random_weights: bool) -> None:
@@ -115,8 +138,9 @@ def _set_activation(config: Any, activation: str, id: str) -> None:
             "has. Set it to null"
         )
     if activation not in ACT2FN:
-        near = ", ".join(difflib.get_close_matches(activation, list(ACT2FN), cutoff=0.0))
-        raise ValueError(f"llm.activation={activation!r} is no activation of transformers; nearest: {near}")
+        raise ValueError(
+            f"llm.activation={activation!r} is no activation of transformers; {nearest(activation, ACT2FN, 3)}"
+        )
     config.dense_act_fn = activation
 
 
@@ -125,7 +149,7 @@ def _errors_named(id: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"llm.id={id!r}: {_why(id)} (transformers says: {_first_line(error)})") from error
+        raise ValueError(f"llm.id={id!r}: {_why(id)} (transformers says: {one_line(error)})") from error
 
 
 def _why(id: str) -> str:
@@ -140,7 +164,3 @@ def _why(id: str) -> str:
         "llm.revision, download it while online and set llm.id to its folder, or set llm.trust_remote_code=true if it "
         "brings its own code"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

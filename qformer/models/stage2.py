@@ -15,6 +15,7 @@ from qformer.metrics.queries import mean_cosine
 from qformer.models.batch import TextTokens, split_prefix, tokenize
 from qformer.models.stage import Output, Prepared, Stage
 from qformer.qformer import QFormer
+from qformer.text import continue_prompt
 
 
 class PromptsAndTargets(NamedTuple):
@@ -121,8 +122,9 @@ class Stage2(Stage[PromptsAndTargets]):
 
     def prepare(self, batch: Batch, seed: int) -> Prepared[PromptsAndTargets]:
         """Choose prompts and targets: the caption after the prompt, or for an encoder-decoder its two parts."""
-        pairs = [split_prefix(text, seed) if self.llm.is_encoder_decoder else ("", text) for text in batch.texts]
-        prompts = [f"{self.prompt} {prefix}".strip() for prefix, _ in pairs]
+        splits = self.llm.is_encoder_decoder and self.llm.chat is None  # in a chat the whole caption is the answer
+        pairs = [split_prefix(text, seed) if splits else ("", text) for text in batch.texts]
+        prompts = [continue_prompt(self.prompt, prefix) for prefix, _ in pairs]
         targets = [target for _, target in pairs]
         counted = self.llm.count_target_tokens(prompts, targets, max_target_tokens=self.max_target_tokens)
         return Prepared(batch, PromptsAndTargets(prompts, targets), counted, seed)

@@ -1,0 +1,72 @@
+"""A model's habits found out by trial, on rows of noise: nothing is known of a kind by its name."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qformer.messages import one_line
+
+if TYPE_CHECKING:
+    from qformer.language.frozen import FrozenLanguageModel
+
+
+def find_problem(llm: "FrozenLanguageModel", num_beams: int) -> str | None:
+    """Why this model cannot be trained through, or cannot write from embeddings by `num_beams` beams; None = it can."""
+    visual_prompt = noise(llm, 4)
+    try:
+        with torch.enable_grad():
+            visual_prompt.requires_grad_()
+            total = llm.loss(visual_prompt.expand(2, -1, -1), ["a", ""], ["a", "a a"]).total
+            (gradient,) = torch.autograd.grad(total, visual_prompt, allow_unused=True)
+        if gradient is None or not bool(gradient.any()):
+            return "no gradient reaches a visual prompt in its place"
+        if not llm.is_encoder_decoder and reads_ahead(llm):
+            return "a token sees those after it, so that it would read its own target (a causal model is needed)"
+        llm.generate(visual_prompt.detach().expand(2, -1, -1), ["a", ""], num_beams=num_beams, max_new_tokens=3)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model that was made for something else runs into
+        return f"it cannot train on and write from embeddings ({one_line(error)})"
+    return None
+
+
+@torch.no_grad()
+def heeds_mask(llm: "FrozenLanguageModel") -> bool:
+    """Whether a row beside padding reads as it does alone.
+
+    Not so where a state runs along the row, or positions are counted from its beginning.
+    """
+    row, pads = noise(llm, 4), noise(llm, 7)
+    rows = [row, pads] if llm.is_encoder_decoder else [pads, row]
+    real = [torch.full((1, part.shape[1]), part is row, device=row.device) for part in rows]
+    alone = llm.next_logits(row, torch.ones(1, 4, dtype=torch.bool, device=row.device))
+    try:
+        return not _differ(alone, llm.next_logits(torch.cat(rows, 1), torch.cat(real, 1)))
+    except (RuntimeError, ValueError, IndexError):  # it takes no padding at all
+        return False
+
+
+@torch.no_grad()
+def reads_ahead(llm: "FrozenLanguageModel") -> bool:
+    """Whether a position sees those after it."""
+    row, last = noise(llm, 6), noise(llm, 7)[:, 6:]
+    both = torch.cat([row, torch.cat([row[:, :5], last], 1)])
+    inputs = llm.inputs_of(both, torch.ones(2, 6, dtype=torch.bool, device=row.device))
+    logits = llm.model(**inputs, use_cache=False).logits
+    return _differ(logits[:1, :5], logits[1:, :5])
+
+
+@torch.no_grad()
+def noise(llm: "FrozenLanguageModel", length: int) -> Tensor:
+    """float[1, length, Dl] of the size of embeddings, the same at every call."""
+    embeds = llm.embed(torch.arange(min(256, llm.vocab_size), device=llm.model.device))
+    drawn = torch.randn(1, length, llm.width, generator=torch.Generator().manual_seed(length))
+    return drawn.to(embeds) * embeds.float().std().to(embeds)
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    """Whether two rows of logits differ by more than the rounding of their dtype."""
+    exact = first.dtype in (torch.float32, torch.float64)
+    first, second = first.float(), second.float()
+    return bool((first - second).abs().mean() > (1e-4 if exact else 5e-2) * first.std().clamp(min=1e-6))
