@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from qformer.card import model_card
 from qformer.checkpoint import changed_keys, load_checkpoint, require_same_parts, save_adapter, save_checkpoint
 from qformer.config import Stage1Config, Stage2Config, only_model, to_yaml
-from qformer.data import GlobalBatches, RecordDataset, Records, build_order, derive_seed, training_loader
+from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed, training_loader
+from qformer.data.records import distinct_captions
 from qformer.distributed import sum_over_ranks
 from qformer.launch import stop_signals
 from qformer.log import ChanceWatch, MetricWindow, RunLog, describe_losses, gradient_norms, memory_bytes
@@ -31,7 +32,6 @@ from qformer.validation import describe_validation, validate
 
 logger = logging.getLogger(__name__)
 Config = Stage1Config | Stage2Config  # of a run: any stage's
-CAPTION_SAMPLE = 1000  # records whose captions are looked up before a run begins
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -362,10 +362,7 @@ def _accumulation(global_batch: int, micro: int, world: int) -> int:
 def _describe_data(train: RecordDataset, global_batch: int) -> None:
     """Log how many captions of a sample differ, and warn of what contrast and matching cannot learn much from."""
     records = train.records
-    sample = range(0, len(records), max(1, len(records) // CAPTION_SAMPLE))
-    without_images = [records.text(i) if isinstance(records, Records) else records[i] for i in sample]
-    captions = [caption for record in without_images for caption in record.captions]
-    logger.info("%d records; %d of %d captions looked up are distinct", len(records), len(set(captions)), len(captions))
+    logger.info("%d records; %d of %d captions looked up are distinct", len(records), *distinct_captions(records))
     if len(records) < global_batch:
         logger.warning(
             "data.train has %d records, fewer than train.global_batch_size=%d: a step meets some of them more than once, "

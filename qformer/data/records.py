@@ -148,7 +148,11 @@ def distinct_captions(records: Records | Sequence[Record], sample: int = 1024) -
     Far fewer than records are class labels or the like: equal texts are no negatives of each other.
     """
     rows = range(0, len(records), max(1, len(records) // sample))
-    captions = [" ".join(record.captions[0].lower().split()) for i in rows if (record := records[i]).captions]
+    captions = [
+        " ".join(record.captions[0].lower().split())
+        for i in rows
+        if (record := records.text(i) if isinstance(records, Records) else records[i]).captions
+    ]
     return len(set(captions)), len(captions)
 
 
