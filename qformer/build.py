@@ -147,8 +147,9 @@ def build_stage2(config: Stage2Part) -> Stage2:
     tokenizer = build_tokenizer(config.qformer) if stage2.instructed else None
     encoder = build_encoder(config.encoder, run.data if run else None)
     llm = build_language_model(config.llm)
-    if run:  # no row may turn out too long on its way
+    if run:  # now, and not thousands of steps on
         llm.require_lengths(config.qformer.queries, config.llm.prompt, config.llm.max_target_tokens)
+        llm.require_generation(config.llm.num_beams)
     torch.manual_seed(run.train.seed if run else 0)
     vocabulary = None if tokenizer is None else len(tokenizer)
     qformer = build_qformer(config.qformer, encoder.width, vocabulary, recompute_ffn=False)
