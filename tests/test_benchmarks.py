@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -122,6 +123,17 @@ def test_the_cache_is_read_in_random_order(tmp_path, benchmarks):
     found = json.loads((tmp_path / "r.json").read_text())
     assert {how: len(taken) for how, taken in found["seconds"].items()} == {"cold": 2, "warm": 2}
     assert found["bytes"] > 24 * 5 * 16 * 2
+
+
+def test_what_a_card_is_measured_by_runs_on_the_cpu(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--json", str(tmp_path / "r.json")]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    results = {row["row"]: row["result"] for row in json.loads((tmp_path / "r.json").read_text())}
+    assert results["resumed, bf16"] == results["one rank of torchrun"] == "adapters are equal to the bit"
+    assert all("records/s" in results[f"{stage}, 8 records"] for stage in ("stage1", "stage2"))
+    assert all("activations of 8 records" in results[f"{stage}, 8 records: doctor"] for stage in ("stage1", "stage2"))
 
 
 @pytest.mark.parametrize("theirs", [1.1, float("nan")])

@@ -13,6 +13,7 @@ from qformer import build
 from qformer.build import build_dataset, build_encoder, build_stage
 from qformer.checkpoint import list_checkpoints, read_adapter
 from qformer.config import ConfigError, ModelPart, RunPart, Stage1Config, load_config, read_values
+from qformer.data import GlobalBatches, Order, training_loader
 from qformer.inference import load
 from qformer.launch import start_accelerator
 from qformer.models import Output, Prepared, Stage
@@ -52,7 +53,9 @@ class Toy(Stage[torch.Tensor]):
 
     def forward(self, prepared, targets_per_rank, adapter=None):
         tokens = self.encoder(prepared.batch.images, prepared.batch.image_mask).tokens.mean(1)
-        loss = ((adapter or self.adapter)(tokens)[:, 0] - prepared.text).square().sum() / targets_per_rank
+        loss = (
+            (self.adapter if adapter is None else adapter)(tokens)[:, 0] - prepared.text
+        ).square().sum() / targets_per_rank
         return Output(loss, {"words": loss.detach()})
 
 
@@ -103,3 +106,16 @@ def test_the_stage_is_asked_for_its_type_in_two_places_at_most():
     grep = ["git", "grep", "-lE", r"isinstance\(.*Stage[12]", "--", "qformer", "stages"]
     files = subprocess.run(grep, cwd=REPO, capture_output=True, text=True, check=False).stdout.split()
     assert set(files) <= {"qformer/build.py", "qformer/inference.py"}
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_compiled_adapter_takes_the_bare_ones_place(tiny, tmp_path, stage):
+    arguments = {"stage1": tiny.stage1, "stage2": tiny.stage2}[stage](tmp_path, *tiny.on_features())
+    config = load_config(build.STAGES[stage][0], arguments)
+    model = build_stage(config).eval()
+    data = build_dataset(config.data, model.encoder, "train", 0)
+    batches = training_loader(data, GlobalBatches(Order(len(data), 0), 1, 0, 2), 0)
+    prepared = model.prepare(next(iter(batches)), 0)
+    compiled = torch.compile(model.adapter, backend="eager")
+    losses = [float(model(prepared, torch.tensor(4.0), adapter).loss.detach()) for adapter in (None, compiled)]
+    assert losses[0] == pytest.approx(losses[1])

@@ -333,7 +333,7 @@ class Stage1(Stage[TextTokens]):
     ) -> Output:  # fmt: skip
         batch, cached = prepared.batch, prepared.cached
         features = self.encoder(batch.images, batch.image_mask) if cached is None else cached.features
-        output: Output = (adapter or self.adapter)(
+        output: Output = (self.adapter if adapter is None else adapter)(
             features, prepared.text, keys=self._keys(prepared), targets_per_rank=targets_per_rank,
             seed=prepared.seed, cached=cached,
         )  # fmt: skip

@@ -117,7 +117,9 @@ class Stage2(Stage[PromptsAndTargets]):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         device = next(self.adapter.parameters()).device
         text = None if self.tokenizer is None else tokenize(self.tokenizer, prompts, device)
-        output: tuple[Tensor, Tensor] = (adapter or self.adapter)(features.tokens, features.mask, text, rows)
+        output: tuple[Tensor, Tensor] = (self.adapter if adapter is None else adapter)(
+            features.tokens, features.mask, text, rows
+        )
         return output
 
     def prepare(self, batch: Batch, seed: int) -> Prepared[PromptsAndTargets]:
