@@ -46,7 +46,8 @@ from qformer.training import fit
 
 REPO = Path(__file__).resolve().parent.parent
 OPT_2_7B: Shapes = {"kind": "opt", "vocab_size": 50272, "hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32,
-                    "num_attention_heads": 32, "word_embed_proj_dim": 2560, "max_position_embeddings": 2048}  # fmt: skip
+                    "num_attention_heads": 32, "word_embed_proj_dim": 2560,
+                    "max_position_embeddings": 2048}  # fmt: skip
 MICRO_BATCH = {"stage1": 105, "stage2": 60}  # of configs/stage1.yaml and configs/stage2.yaml
 TOLERANCE = 1e-4  # between devices, float32, relative to the largest value
 STEPS = 12
@@ -87,10 +88,12 @@ class Bench:
         batch = 8 if size == "small" or self.tiny else MICRO_BATCH[stage]
         llm = [f"llm.id={folder / 'llm'}"] if stage == "stage2" else []
         return [
-            f"stage={stage}", f"run.dir={self.folder / run}", f"data.train=[{folder / 'records.jsonl'}]", "data.workers=0",
+            f"stage={stage}", f"run.dir={self.folder / run}", f"data.train=[{folder / 'records.jsonl'}]",
+            "data.workers=0",
             f"train.max_steps={STEPS}", f"train.global_batch_size={batch}", f"train.micro_batch_size={batch}",
             "train.log_every_steps=1", "train.checkpoint_every_steps=6", f"train.cpu={str(self.tiny).lower()}",
-            "optim.warmup_steps=2", "optim.lr=3e-3", "encoder.loader=features", f"encoder.width={task['encoder_width']}",
+            "optim.warmup_steps=2", "optim.lr=3e-3", "encoder.loader=features",
+            f"encoder.width={task['encoder_width']}",
             f"encoder.num_tokens={task['tokens']}", f"qformer.tokenizer={folder / 'bert'}",
             f"qformer.max_text_tokens={task['max_text_tokens']}",
             *(f"qformer.{key}={value}" for key, value in task["qformer"].items()), *llm, *more,
@@ -232,7 +235,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure(bench: Bench, stage: str, peak: float) -> None:
+def measure(bench: Bench, stage: str, peak: float) -> str:
     """The doctor's prediction from steps of 2 and 4 records, then a full step, plain and compiled."""
     gc.collect()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -253,6 +256,7 @@ def measure(bench: Bench, stage: str, peak: float) -> None:
     if not bench.tiny:  # a minute on a CPU
         model.forward = functools.partial(model.forward, adapter=torch.compile(model.adapter))
         bench.row(f"{name}, torch.compile", lambda: timed(training, bench.device, flops, peak))
+    return "done"
 
 
 def predict(config: Any, model: Any) -> str:
@@ -303,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         peak = peak_flops(bench.device, 256 if args.tiny else 8192)
         bench.row("products in bf16", lambda: f"{peak / 1e12:.3g} TFLOP/s")
         for stage in MICRO_BATCH:
-            bench.row(f"{stage}, build", lambda stage=stage: measure(bench, stage, peak) or "done")  # type: ignore[misc]
+            bench.row(f"{stage}, build", functools.partial(measure, bench, stage, peak))
     if args.json:
         args.json.write_text(json.dumps(bench.rows, indent=1))
     if any(row["result"].startswith("FAILED") for row in bench.rows):
