@@ -158,8 +158,8 @@ class VisionLanguageModel:
         turns = [(self.ask(question, prompt), answer) for question, answer in history]
         prompts: list[Any]
         if model.llm.chat is None:
-            said = " ".join(f"{question} {answer}\n" for question, answer in turns)
-            prompts = [f"{said} {text}" if said else text for text in asked]
+            before = " ".join(f"{question} {answer}\n" for question, answer in turns)
+            prompts = [f"{before} {text}" if before else text for text in asked]
         else:
             prompts = [[*(turn for pair in turns for turn in pair), text] for text in asked]
         penalty = llm.vqa_length_penalty

@@ -265,7 +265,7 @@ def test_frozen_parts_named_in_the_checkpoints_place_are_checked(tiny, tmp_path,
     assert "is 48 wide, but" in line
     assert f"projects to {WIDTH} columns; name the language model that it was trained with" in line
     (line,) = convert(capsys, arrived.folder, out, f"encoder.id={tmp_path / 'nowhere'}")
-    assert "its config cannot be reached" in line
+    assert "no such folder; expected one with a config.json" in line
 
 
 def test_arguments_override_what_transformers_says(retrieval, tmp_path, capsys):

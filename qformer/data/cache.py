@@ -102,9 +102,9 @@ def read_manifest(folder: Path) -> Manifest:
     raise ValueError(f"{path} has format version {version}, this qformer reads {FORMAT_VERSION}; write the cache anew")
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """One line for each value that `expected` names and `found` does not have, by dotted key."""
-    ours, theirs = dict(_leaves(expected)), dict(_leaves(found))
+def differences(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """One line for each value that `expected` names and `manifest` does not have, by dotted key."""
+    ours, theirs = dict(_leaves(expected)), dict(_leaves(manifest))
     return [f"{key}: the cache has {theirs.get(key)}, expected {value}" for key, value in ours.items()
             if theirs.get(key) != value]  # fmt: skip
 

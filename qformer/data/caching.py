@@ -97,13 +97,13 @@ class CacheWriter:
         fingerprint = hashlib.blake2b(digest_size=16)
         for image_id in self.pictures:
             fingerprint.update(f"{image_id}\n".encode(errors="surrogateescape"))
-        given = None if transform is None else {
+        preparation = None if transform is None else {
             "size": transform.size, "mean": list(transform.mean), "std": list(transform.std),
             "interpolation": transform.interpolation,
         }  # fmt: skip
         self.manifest = Manifest(
             encoder=dict(encoder),
-            transform=given,
+            transform=preparation,
             crops={
                 "count": crops,
                 "scale": list(transform.crop_scale) if transform and crops else None,
@@ -288,8 +288,8 @@ class _Shard:
         if sound[0].ndim == 4:
             tokens, mask = encode(torch.cat(sound).to(device), None)
         else:
-            given = pad_sequence([torch.ones(len(s), dtype=torch.bool) for s in sound], batch_first=True)
-            tokens, mask = encode(pad_sequence(sound, batch_first=True).to(device), given.to(device))
+            real = pad_sequence([torch.ones(len(s), dtype=torch.bool) for s in sound], batch_first=True)
+            tokens, mask = encode(pad_sequence(sound, batch_first=True).to(device), real.to(device))
         rows, count = tokens.shape[:2]
         lengths: list[int] = [count] * rows if mask is None else mask.sum(1).tolist()
         flat = tokens.flatten(0, 1) if mask is None else tokens[mask]
@@ -299,15 +299,15 @@ class _Shard:
         values, scales = values.cpu(), None if scales is None else scales.cpu()
         each, start = self.manifest.views, 0
         for n, image_id in enumerate(ids):
-            own = lengths[n * each : (n + 1) * each]
-            there = slice(start, start + sum(own))
+            counts = lengths[n * each : (n + 1) * each]
+            there = slice(start, start + sum(counts))
             start = there.stop
             if not finite[there].all():
                 self.broken[image_id] = f"its features are NaN or infinite in {dtype}; bfloat16 has a wider range"
                 logger.warning("broken record %s: %s", image_id, self.broken[image_id])
                 continue
             self.ids.append(image_id)
-            self.lengths += own
+            self.lengths += counts
             self.tokens.append(values[there])
             if scales is not None:
                 self.scales.append(scales[there])

@@ -74,9 +74,9 @@ def open_folder(folder: str, base: str, key: str) -> Table:
     chunks = []
     for place, names in _walk(folder):
         there = set(names)
-        found = [name for name in names if os.path.splitext(name)[1].lower()[1:] in PICTURES]
-        kept = [name for name in found if any(os.path.splitext(name)[0] + ending in there for ending in TEXTS)]
-        alone += len(found) - len(kept)
+        images = [name for name in names if os.path.splitext(name)[1].lower()[1:] in PICTURES]
+        kept = [name for name in images if any(os.path.splitext(name)[0] + ending in there for ending in TEXTS)]
+        alone += len(images) - len(kept)
         paths = [os.fsencode(os.path.join(place, name) if place != "." else name) for name in kept]
         chunks.append(pyarrow.array(paths, pyarrow.large_binary()))  # names need not be UTF-8
     pictures = pyarrow.concat_arrays(chunks)

@@ -128,18 +128,18 @@ class Records:
         Raises:
             ValueError: records of one image_id name different files.
         """
-        found: dict[str, tuple[int, str]] = {}
+        firsts: dict[str, tuple[int, str]] = {}
         index = 0
         for table in self._tables:
             for name, image_id, content in table.identities():
-                _, first = found.setdefault(image_id, (index, name))
+                _, first = firsts.setdefault(image_id, (index, name))
                 if content is None and first != name:
                     raise ValueError(
                         f"{table.source}: image_id {image_id!r} is that of {first} and of {name}; "
                         "give every image its own, or leave image_id out"
                     )
                 index += 1
-        return {image_id: first for image_id, (first, _) in found.items()}
+        return {image_id: first for image_id, (first, _) in firsts.items()}
 
 
 def distinct_captions(records: Records | Sequence[Record], sample: int = 1024) -> tuple[int, int]:

@@ -220,12 +220,12 @@ def _read_hub(name: str, split: str | None, key: str) -> datasets.Dataset:
 
 def columns_of(names: list[str]) -> dict[str, str]:
     """What each field of the schema that is there is called."""
-    found = {field: field for field in FIELDS if field in names}
+    columns = {field: field for field in FIELDS if field in names}
     for field, aliases in ALIASES.items():
         there = [alias for alias in aliases if alias in names]
-        if there and field not in found and not (field == "caption" and "question" in found):
-            found[field] = there[0]
-    return found
+        if there and field not in columns and not (field == "caption" and "question" in columns):
+            columns[field] = there[0]
+    return columns
 
 
 def choose_fields(rows: datasets.Dataset, source: str) -> datasets.Dataset:
@@ -248,14 +248,14 @@ def choose_fields(rows: datasets.Dataset, source: str) -> datasets.Dataset:
     cutoffs = {name: 0.6 if name in needed else 0.8 for name in FIELDS if name not in features}
     alike = {name: difflib.get_close_matches(name, others, n=1, cutoff=cutoff) for name, cutoff in cutoffs.items()}
     hints = {name: f"; did you mean {near[0]!r}?" if near else "" for name, near in alike.items()}
-    found = ", ".join(rows.column_names)
+    columns = ", ".join(rows.column_names)
     if "image" not in features:
-        raise ValueError(f"{source} has no field 'image'{hints['image']} (it has {found})")
+        raise ValueError(f"{source} has no field 'image'{hints['image']} (it has {columns})")
     if "caption" not in features and "question" not in features:
         hint = hints["caption"] or hints["question"]
-        raise ValueError(f"{source} has neither a field 'caption' nor 'question'{hint} (it has {found})")
+        raise ValueError(f"{source} has neither a field 'caption' nor 'question'{hint} (it has {columns})")
     if "question" in features and "answers" not in features and alike["answers"]:
-        raise ValueError(f"{source} has no field 'answers'{hints['answers']} (it has {found})")
+        raise ValueError(f"{source} has no field 'answers'{hints['answers']} (it has {columns})")
     for name, near in alike.items():
         if near and name not in needed:
             logger.warning("%s has no field %r and its field %r is not read", source, name, near[0])
@@ -322,8 +322,8 @@ def _check_images(table: Rows) -> None:
         raise ValueError(f"{table.source}: record {(embedded | named).argmin()} (from 0) has no 'image'")
     if "path" in parts:
         suspicious = r"(^|[/\\])\.\.([/\\]|$)|://" + (r"|^([/\\]|[A-Za-z]:)" if table.confined else "")
-        found = pc.fill_null(pc.match_substring_regex(parts["path"], suspicious), False).to_numpy()
-        for row in np.flatnonzero(found & ~embedded):  # beside bytes a path is only a name
+        matches = pc.fill_null(pc.match_substring_regex(parts["path"], suspicious), False).to_numpy()
+        for row in np.flatnonzero(matches & ~embedded):  # beside bytes a path is only a name
             table.resolve(parts["path"][int(row)].as_py())
 
 

@@ -205,7 +205,7 @@ def open_tars(source: str, key: str) -> Tars:
     if not whole.exists():
         _make_parts(files, parts, key)
         offsets = [np.load(part, allow_pickle=False) for part in parts]
-        ends = np.cumsum([len(found) - 1 for found in offsets])
+        ends = np.cumsum([len(of_part) - 1 for of_part in offsets])
         _save(whole, np.concatenate([ends, *offsets]))
     table = Tars(source, files, whole)
     if len(table) == 0:
@@ -246,10 +246,10 @@ def _make_parts(files: Files, parts: list[Path], key: str) -> None:
             with files.system.open(path, "rb") as file:
                 _save(missing[path], index_tar(file, path, key))
 
-    said = time.monotonic()
+    reported_at = time.monotonic()
     for done, _ in enumerate(files.ask(make, own_order, key), start=len(parts) - len(missing) + 1):
-        if time.monotonic() - said > SAY_EVERY_S:
-            said = time.monotonic()
+        if time.monotonic() - reported_at > SAY_EVERY_S:
+            reported_at = time.monotonic()
             logger.info("%s: %d of %d tars have an index", files.address, done, len(parts))
 
 

@@ -116,19 +116,19 @@ def quantisation(quantise: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _require_quantisable(quantise: str, random_weights: bool) -> None:
-    said = f"llm.quantise={quantise}"
+    key = f"llm.quantise={quantise}"
     if quantise not in ("8bit", "4bit"):
-        raise ValueError(f"{said}: expected no, 8bit or 4bit")
+        raise ValueError(f"{key}: expected no, 8bit or 4bit")
     if random_weights:
         raise ValueError(
-            f"{said} with llm.random_weights=true: only weights that are read can be quantised; set it to no"
+            f"{key} with llm.random_weights=true: only weights that are read can be quantised; set it to no"
         )
     if not torch.cuda.is_available():
         raise ValueError(
-            f"{said} needs a CUDA GPU, and none is found; set llm.quantise=no (llm.dtype=bfloat16 halves it)"
+            f"{key} needs a CUDA GPU, and none is found; set llm.quantise=no (llm.dtype=bfloat16 halves it)"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"{said} needs bitsandbytes: pip install 'qformer[quantised]', or set llm.quantise=no")
+        raise ValueError(f"{key} needs bitsandbytes: pip install 'qformer[quantised]', or set llm.quantise=no")
 
 
 def _set_activation(config: Any, activation: str, id: str) -> None:
