@@ -3,6 +3,7 @@
 from typing import Any
 
 from qformer.config import ModelPart
+from qformer.config.packaged import portable
 
 LOAD = '\nimport qformer\nmodel = qformer.load("path/to/this/folder")\n'
 
@@ -18,7 +19,7 @@ def card(title: str, config: ModelPart, facts: list[str], code: str = LOAD, abou
     encoder = f"encoder: `{config.encoder.id}` ({config.encoder.loader}), block {config.encoder.block}"
     llm = [f"language model: `{part.id}`" for name, part in config.frozen().items() if name == "llm"]
     lines = [f"# {title}", "", *([about, ""] if about else []), *(f"- {fact}" for fact in [encoder, *llm, *facts])]
-    return "\n".join(lines) + f"\n\n```python{code}```\n"
+    return portable("\n".join(lines)) + f"\n\n```python{code}```\n"
 
 
 def model_card(config: Any, step: int, dropped: int) -> str:

@@ -131,13 +131,26 @@ def start_accelerator(config: "RunPart") -> "Accelerator":
         project_dir=config.run.dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.train.timeout_s))],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched but this one sees {accelerator.num_processes}: each would "
-            "train a lone copy. On CPUs launch with: python -m qformer.launcher --multi_gpu --num_processes 2 ... train.cpu=true"
-        )
+    require_all_ranks(accelerator.num_processes, "train a lone copy", "train.cpu=true")
     return accelerator
+
+
+def require_all_ranks(visible: int, alone: str, on_cpus: str) -> None:
+    """Refuse to run where several processes were launched but cannot see each other.
+
+    Args:
+        visible: processes that this one sees.
+        alone: what each would do then.
+        on_cpus: what the command needs where there is no GPU.
+
+    Raises: ValueError when more were launched than are visible.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != visible:
+        raise ValueError(
+            f"{launched} processes were launched but this one sees {visible}: each would {alone}. On CPUs launch with: "
+            f"python -m qformer.launcher --multi_gpu --num_processes 2 ... {on_cpus}"
+        )
 
 
 class StopRequest:

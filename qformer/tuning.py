@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qformer.card import stage_name
 from qformer.config import ModelPart, RunPart
 from qformer.encoders import FrozenEncoder
 from qformer.lora import Lora, Shared, add_lora
@@ -34,7 +35,7 @@ def require_tunable(config: ModelPart) -> None:
     run = config if isinstance(config, RunPart) else RunPart()
     learns_encoder, no_llm = (
         tune.encoder != "no",
-        f"{config.stage.replace('stage', 'stage ')} has no language model; remove it",
+        f"{stage_name(config)} has no language model; remove it",
     )
     problems = [
         (tune.llm != "no" and not has_llm, f"tune.llm={tune.llm}: {no_llm}"),

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from qformer.build import build_dataset, build_encoder, build_tokenizer, read_split
+from qformer.card import stage_name
 from qformer.checkpoint import STATE, load_strictly, read_adapter, require_same_parts, run_bytes, transfer
 from qformer.data import RecordDataset, clean_caption
 from qformer.doctor.report import FAILED, OK, WARNING, Finding
@@ -87,7 +88,7 @@ def check_steps(case: Case) -> Verdict:
     made = f"{micro} a forward x {world} process{'es' * (world > 1)} x {case.accumulation} accumulated"
     return (
         OK,
-        f"{case.config.stage.replace('stage', 'stage ')}: {train.max_steps} steps of {train.global_batch_size} records ({made})",
+        f"{stage_name(case.config)}: {train.max_steps} steps of {train.global_batch_size} records ({made})",
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +21,23 @@ def check_unset(config: EncoderConfig, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"encoder.{name} is {value!r}, but loader '{config.loader}' does not read it; remove it")
+
+
+def names_place(config: EncoderConfig, expected: str) -> bool:
+    """Whether `encoder.id` is a `local-dir:` or `hf-hub:`, which have their weights in themselves.
+
+    Args:
+        expected: what such a folder holds, for the error.
+
+    Raises: ValueError when `encoder.pretrained` is set beside one, or there is no such folder.
+    """
+    kind, colon, place = config.id.partition(":")
+    if not colon or kind not in ("local-dir", "hf-hub"):
+        return False
+    check_unset(config, "pretrained")
+    if kind == "local-dir" and not Path(place).is_dir():
+        raise ValueError(f"encoder.id '{config.id}': no such folder; expected one with {expected}")
+    return True
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qformer.config import DTYPES, EncoderConfig
-from qformer.encoders.checks import check_unset, errors_named, outline, seeded
+from qformer.encoders.checks import check_unset, errors_named, names_place, outline, seeded
 from qformer.encoders.frozen import Features, FrozenEncoder, block_index, square_transform
 from qformer.messages import nearest
 from qformer.parts import WEIGHT_FILES, WeightSource, torch_dtype
@@ -111,11 +111,7 @@ def _name(config: EncoderConfig) -> str:
     """
     import open_clip
 
-    if config.id.startswith(("local-dir:", "hf-hub:")):
-        check_unset(config, "pretrained")
-        kind, _, place = config.id.partition(":")
-        if kind == "local-dir" and not Path(place).is_dir():
-            raise ValueError(f"encoder.id '{config.id}': no such folder; expected one with an open_clip_config.json")
+    if names_place(config, "an open_clip_config.json"):
         return config.id
     name, pretrained = config.id.replace("/", "-"), config.pretrained
     if name not in open_clip.list_models():

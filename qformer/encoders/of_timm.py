@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qformer.config import DTYPES, EncoderConfig
-from qformer.encoders.checks import check_unset, errors_named, outline, seeded
+from qformer.encoders.checks import check_unset, errors_named, names_place, outline, seeded
 from qformer.encoders.frozen import Features, FrozenEncoder, InputTransform, block_index, square_transform
 from qformer.messages import nearest
 from qformer.parts import WEIGHT_FILES, WeightSource, torch_dtype
@@ -119,11 +119,7 @@ def _name(config: EncoderConfig) -> str:
     """
     import timm
 
-    if config.id.startswith(("local-dir:", "hf-hub:")):
-        check_unset(config, "pretrained")
-        kind, _, place = config.id.partition(":")
-        if kind == "local-dir" and not Path(place).is_dir():
-            raise ValueError(f"encoder.id '{config.id}': no such folder; expected one with timm's config.json")
+    if names_place(config, "timm's config.json"):
         return config.id
     architecture, _, tag = config.id.partition(".")
     if not timm.is_model(architecture):

@@ -1,7 +1,6 @@
 """A loaded model over records: all ranks, workers that read images, one batch of images at a time, resumable."""
 
 import datetime
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from qformer.distributed import gather_objects
 from qformer.evaluation.outputs import OutputFile
 from qformer.evaluation.task import WITH_IMAGE, Task
 from qformer.inference import load
+from qformer.launch import require_all_ranks
 
 GATHER_TIMEOUT = datetime.timedelta(hours=6)  # a rank that is done waits for the slowest
 
@@ -47,12 +47,7 @@ def start_ranks(device: str | None) -> PartialState:
     """
     cpu = device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=GATHER_TIMEOUT)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != state.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched but this one sees {state.num_processes}: each would answer "
-            "everything. On CPUs launch with: accelerate launch --multi_gpu --num_processes 2 ... --device cpu"
-        )
+    require_all_ranks(state.num_processes, "answer everything", "--device cpu")
     return state
 
 
