@@ -124,7 +124,7 @@ def initialise_from_bert(adapter: Stage1Adapter, bert_id: str) -> None:
     adapter.qformer.copy_text_ffn()
 
 
-def _copy(target: Tensor, source: dict[str, Tensor], name: str, bert_id: str, may_differ: bool) -> None:
+def _copy(target: Tensor, source: dict[str, Tensor], name: str, bert_id: str, *, may_differ: bool) -> None:
     if name not in source:
         raise ValueError(f"qformer.init_from={bert_id!r} has no {name}: it is not BERT-shaped or has fewer layers")
     rows = min(len(target), len(source[name]))

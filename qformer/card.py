@@ -8,7 +8,7 @@ from qformer.config.packaged import portable
 LOAD = '\nimport qformer\nmodel = qformer.load("path/to/this/folder")\n'
 
 
-def card(title: str, config: ModelPart, facts: list[str], code: str = LOAD, about: str = "") -> str:
+def card(title: str, config: ModelPart, facts: list[str], code: str = LOAD, *, about: str = "") -> str:
     """A card of Markdown.
 
     Args:

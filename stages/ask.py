@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         _print(model.caption([args.picture], **generation)[0])
         turns: list[tuple[str, str]] = []
         while question := _read_line():
-            answer = _answer(model, args.picture, question, turns, {"prompt": args.prompt, **generation})
+            answer = _answer(model, args.picture, question, turns=turns, settings={"prompt": args.prompt, **generation})
             _print(answer)
             turns.append((question, answer))
 
@@ -57,7 +57,7 @@ def _print(answer: str) -> None:
         print("(the answer is empty: the language model ended it at once)", file=sys.stderr)
 
 
-def _answer(model: Any, picture: str, question: str, turns: list[tuple[str, str]], settings: dict[str, Any]) -> str:
+def _answer(model: Any, picture: str, question: str, *, turns: list[tuple[str, str]], settings: dict[str, Any]) -> str:
     """Answer after the conversation so far; its oldest turns are forgotten when it grows too long."""
     from qformer.language import PromptTooLong
 

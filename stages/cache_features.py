@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 
         start, done, share = time.monotonic(), 0, writer.share(rank, world)
         reported_at = start
-        batches = writer.write(encoder, accelerator.device, args.batch_size, config.data.workers, rank, world)
+        batches = writer.write(
+            encoder, accelerator.device, batch_size=args.batch_size, workers=config.data.workers, rank=rank, world=world
+        )
         shown = track(_counted(batches), "caching", total=share, disable=rank > 0 or not sys.stderr.isatty())
         for done, _ in enumerate(shown, start=1):
             now = time.monotonic()

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"{args.adapter} is of stage 1; visual prompts need stage 2, with a language model")
             prompt = config.llm.prompt if args.prompt is None else args.prompt
             features = ((name, loaded.encode([name])) for name in args.visual_prompts)
-            count = write_visual_prompts(model, config, features, prompt, args.out)
+            count = write_visual_prompts(model, config, features, prompt=prompt, out=args.out)
             print(f"{count} visual prompts for {config.llm.id}")
         print(f"{args.out}: written; README.md says how to run it")
 

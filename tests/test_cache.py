@@ -370,9 +370,11 @@ def synthetic(folder: Path, count: int, longest: int, width: int, dtype: str = "
     records = read_records([str(write_arrays(folder / "arrays", count, longest, width))])
     encoder = load_encoder(EncoderConfig("features", "", width=width))
     options = {"width": width, "num_tokens": None, "dtype": dtype, "shard_bytes": shard_bytes}
-    writer = CacheWriter(folder / "cache", records, ["arrays"], {"loader": "features"}, None, **options)
+    writer = CacheWriter(
+        folder / "cache", records, ["arrays"], encoder={"loader": "features"}, transform=None, **options
+    )
     writer.begin()
-    assert sum(writer.write(encoder, "cpu", 16, 0)) == count
+    assert sum(writer.write(encoder, "cpu", batch_size=16, workers=0)) == count
     assert writer.finish().pictures == count
     return records, FeatureCache(folder / "cache")
 

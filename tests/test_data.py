@@ -465,7 +465,7 @@ def training_set(records, **options):
 
 
 def batches_of(records, workers, count, first_step=0):
-    batches = GlobalBatches(Order(len(records), 5), 1, 0, 6, first_step * 6)
+    batches = GlobalBatches(Order(len(records), 5), 1, 0, 6, first=first_step * 6)
     return list(itertools.islice(training_loader(training_set(records), batches, workers), count))
 
 
@@ -532,7 +532,7 @@ def test_evaluation_reads_every_record_once_across_ranks(mixed, workers):
     dataset = training_set(mixed, augment=False, in_order=True)
     seen, dropped = [], []
     for rank in range(2):
-        for batch in evaluation_loader(dataset, 4, workers, rank, 2):
+        for batch in evaluation_loader(dataset, 4, workers, rank=rank, world_size=2):
             seen += batch.image_ids
             dropped += batch.dropped
             assert len(batch) == len(batch.images)

@@ -227,7 +227,7 @@ def test_visual_prompts_take_the_lora_of_their_language_model_along(tiny, tmp_pa
     from qformer.interop.visual_prompts import write_visual_prompts
 
     ours = trained(tmp_path, tiny, 2, {}, "tune.llm=lora")
-    write_visual_prompts(ours.model, ours.config, [("one", ours.encode([picture()]))], "", tmp_path / "out")
+    write_visual_prompts(ours.model, ours.config, [("one", ours.encode([picture()]))], prompt="", out=tmp_path / "out")
     assert (tmp_path / "out" / "llm_lora" / "adapter_config.json").is_file()
     assert "`llm_lora`" in (tmp_path / "out" / "README.md").read_text()
 

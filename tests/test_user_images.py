@@ -221,7 +221,9 @@ def test_cleaning_and_words_are_keys(tmp_path):
     records = [Record(str(tmp_path / "a.png"), "a", ("Two  Dogs, 1.5 m apart. Really!",))]
 
     def text(**options) -> str:
-        return RecordDataset(records, TRANSFORM, 0, False, "caption", in_order=True, **options)[0].text
+        return RecordDataset(records, TRANSFORM, seed=0, augment=False, text="caption", in_order=True, **options)[
+            0
+        ].text
 
     assert text() == "two dogs, 1.5 m apart really"
     assert text(cleaning="none") == "Two  Dogs, 1.5 m apart. Really!"

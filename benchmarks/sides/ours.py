@@ -116,10 +116,10 @@ class Stage1Cached(Stage1):
         transform = ImageTransform(given.size, given.mean, given.std, given.interpolation)
         written = Path(tempfile.mkdtemp(dir=self.folder)) / "cache"
         sources = [str(self.folder / f"{records}.jsonl")]
-        writer = CacheWriter(written, read_records(sources), sources, {}, transform, width=self.encoder.width,
+        writer = CacheWriter(written, read_records(sources), sources, encoder={}, transform=transform, width=self.encoder.width,
                              num_tokens=self.encoder.num_tokens)  # fmt: skip
         writer.begin()
-        for _ in writer.write(self.encoder, "cpu", self.task["batch"], workers=0):
+        for _ in writer.write(self.encoder, "cpu", batch_size=self.task["batch"], workers=0):
             pass
         writer.finish()
         return written

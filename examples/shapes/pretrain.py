@@ -164,7 +164,7 @@ def _look_back_opt(model: Any) -> None:
             projection.weight[rows, -width:] = 2.5 * turn
 
 
-def language_batch(kind: str, rng: random.Random, ids: dict[str, int], size: int, level: Level):
+def language_batch(kind: str, rng: random.Random, ids: dict[str, int], *, size: int, level: Level):
     """(inputs of the model, labels, weights of the labels)"""
     if kind == "opt":
         texts = [encode(document(rng, level), ids) for _ in range(size)]
@@ -186,7 +186,7 @@ def decoder_batch(targets: list[Pieces], ids: dict[str, int]) -> tuple[Tensor, T
     return torch.cat([start, labels[:, :-1]], 1), labels, pad([w for _, w in encoded], 0.0)
 
 
-def merged_batch(rng: random.Random, ids: dict[str, int], size: int, course: Course, embed: torch.nn.Module):
+def merged_batch(rng: random.Random, ids: dict[str, int], *, size: int, course: Course, embed: torch.nn.Module):
     """As `language_batch` for T5, but several words may stand at one position of the encoder: their embeddings add up.
 
     They are added as a sum, a mean, or between the two, under a little noise, as no visual prompt is a word to the digit.
@@ -228,7 +228,7 @@ def caption_accuracy(model, kind: str, ids: dict[str, int], n: int = 560) -> dic
 
 
 def pretrain_language_model(
-    kind: str, steps: int, folder: Path, seed: int = 0, batch: int = 48, lr: float = 1.5e-3
+    kind: str, steps: int, folder: Path, *, seed: int = 0, batch: int = 48, lr: float = 1.5e-3
 ) -> None:
     """Train on text for `steps` and write the model as fp16 into `folder`."""
     torch.manual_seed(seed)
@@ -240,8 +240,8 @@ def pretrain_language_model(
     start, level, right_share = time.time(), 0, 0.0
     for step in range(1, steps + 1):
         size = batch * (4 if kind == "t5" and level else 1)
-        inputs, labels, weights = language_batch(kind, rng, ids, size, levels[level])
-        right = _update(model, optimizer, (inputs, labels, weights), step, steps, lr, 200)
+        inputs, labels, weights = language_batch(kind, rng, ids, size=size, level=levels[level])
+        right = _update(model, optimizer, (inputs, labels, weights), step, steps=steps, lr=lr, warmup=200)
         right_share += 0.02 * (right[weights == 1].float().mean().item() - right_share)
         if step % 50 == 0:
             print(f"{kind} step {step} {time.time() - start:.0f} s level {level} right {right_share:.3f}", flush=True)
@@ -270,8 +270,8 @@ def further_course(course: Course, folder: Path, seed: int, batch: int = 128) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=course.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     right_share = 0.0
     for step in range(1, course.steps + 1):
-        inputs, labels, weights = merged_batch(rng, ids, batch, course, model.shared)
-        right = _update(model, optimizer, (inputs, labels, weights), step, course.steps, course.lr, 50)
+        inputs, labels, weights = merged_batch(rng, ids, size=batch, course=course, embed=model.shared)
+        right = _update(model, optimizer, (inputs, labels, weights), step, steps=course.steps, lr=course.lr, warmup=50)
         right_share += 0.02 * (right[weights == 1].float().mean().item() - right_share)
         if step % 50 == 0:
             print(f"t5, further course, step {step} right {right_share:.3f}", flush=True)
@@ -280,7 +280,7 @@ def further_course(course: Course, folder: Path, seed: int, batch: int = 128) ->
 
 
 def _update(
-    model: Any, optimizer: torch.optim.Optimizer, batch: Any, step: int, steps: int, lr: float, warmup: int
+    model: Any, optimizer: torch.optim.Optimizer, batch: Any, step: int, *, steps: int, lr: float, warmup: int
 ) -> Tensor:
     """One step on (inputs, labels, weights); returns which labels were the first choice, bool."""
     inputs, labels, weights = batch
@@ -324,7 +324,7 @@ def siblings(rng: random.Random) -> list[world.Scene]:
             return scenes
 
 
-def pretrain_encoder(steps: int, folder: Path, seed: int = 0, batch: int = 128, lr: float = 1e-3) -> None:
+def pretrain_encoder(steps: int, folder: Path, *, seed: int = 0, batch: int = 128, lr: float = 1e-3) -> None:
     """Train a CLIP on rendered pictures with captions for `steps` and write it as an open_clip folder (fp16)."""
     from open_clip.loss import ClipLoss
     from open_clip.model import CLIP
@@ -383,9 +383,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     steps = args.steps or STEPS[args.what]
     if args.what == "vit":
-        pretrain_encoder(steps, args.out, args.seed)
+        pretrain_encoder(steps, args.out, seed=args.seed)
     else:
-        pretrain_language_model(args.what, steps, args.out, args.seed, args.batch)
+        pretrain_language_model(args.what, steps, args.out, seed=args.seed, batch=args.batch)
     if args.what == "t5":
         for i, course in enumerate(COURSES):
             fewer = course._replace(steps=math.ceil(course.steps * steps / STEPS["t5"]))

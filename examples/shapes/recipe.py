@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from qformer.config import Stage1Config, Stage2Config, load_config
 from qformer.data.cache import INDEX
 
 STAGE1, STAGE2 = "configs/shapes/stage1.yaml", "configs/shapes/stage2.yaml"
+ROOTS: dict[str, Any] = {STAGE1: Stage1Config, STAGE2: Stage2Config}
 DATA = Path("runs/shapes")  # where the configs look for the records
 FEATURES = "features"  # the cache of an experiment, beside its runs
 MODES = {
@@ -67,10 +68,10 @@ class Recipe:
 
     def stage1(self, run_dir: Path, name: str = "stage 1", seed: int | None = None) -> Part:
         """Train stage 1 in `run_dir`, which lies beside the features."""
-        return self._training(name, "stages/stage1.py", STAGE1, Stage1Config, run_dir, [], seed)
+        return self._training(name, STAGE1, run_dir, seed=seed)
 
     def stage2(
-        self, run_dir: Path, llm: str, init_from: Path | None, name: str = "stage 2", seed: int | None = None
+        self, run_dir: Path, llm: str, init_from: Path | None, *, name: str = "stage 2", seed: int | None = None
     ) -> Part:
         """Train stage 2 in `run_dir` with "opt" or "t5", from the stage-1 run `init_from` or, with None, from nothing."""
         start = f"stage2.init_from={init_from / 'adapter' if init_from else 'null'}"
@@ -78,7 +79,7 @@ class Recipe:
         if llm in PROMPT_SCALE:
             overrides.append(f"stage2.prompt_scale={PROMPT_SCALE[llm]}")
         steps = STAGE2_STEPS.get(llm)
-        return self._training(name, "stages/stage2.py", STAGE2, Stage2Config, run_dir, overrides, seed, steps)
+        return self._training(name, STAGE2, run_dir, overrides=overrides, seed=seed, steps=steps)
 
     def evaluation(self, run_dir: Path, row: str, answers: Path, name: str | None = None) -> Part:
         """Answer the questions as `row` of the table wants it, and leave scores and answers in the file `answers`."""
@@ -87,11 +88,11 @@ class Recipe:
         return Part(name or f"questions, {ROWS[row][0]}", command, lambda: _is_json(answers))
 
     def _training(
-        self, name: str, script: str, file: str, root: Any, run_dir: Path, overrides: list[str], seed: int | None,
+        self, name: str, file: str, run_dir: Path, *, overrides: Sequence[str] = (), seed: int | None,
         steps: int | None = None,
     ) -> Part:  # fmt: skip
         features = f"data.features={run_dir.parent / FEATURES}"
-        overrides = [f"run.dir={run_dir}", *self._sources(), features, *overrides, *self._steps(root, file, steps)]
+        overrides = [f"run.dir={run_dir}", *self._sources(), features, *overrides, *self._steps(file, steps)]
         if seed is not None:
             overrides.append(f"train.seed={seed}")
         if (run_dir / "checkpoints").is_dir():
@@ -99,18 +100,20 @@ class Recipe:
         launch = [sys.executable, "-m", LAUNCHER, "--num_processes", "1", "--num_machines", "1"]
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         adapter = run_dir / "adapter" / "adapter.safetensors"  # its folder is written whole, at the end
-        return Part(name, [*launch, script, file, *overrides], adapter.is_file)
+        return Part(
+            name, [*launch, f"stages/{Path(file).name.removesuffix('.yaml')}.py", file, *overrides], adapter.is_file
+        )
 
     def _sources(self) -> list[str]:
         if self.data == DATA:
             return []
         return [f"data.{s}={json.dumps([str(self.data / f'{s}.jsonl')])}" for s in ("train", "validation")]
 
-    def _steps(self, root: Any, file: str, steps: int | None) -> list[str]:
+    def _steps(self, file: str, steps: int | None) -> list[str]:
         """Overrides for another number of steps than the config's own; `steps_scale` changes whatever counts steps."""
         if self.steps_scale == 1:
             return [f"train.max_steps={steps}"] if steps else []
-        config = load_config(root, [file, "run.dir=unused"])
+        config: Any = load_config(ROOTS[file], [file, "run.dir=unused"])
         max_steps = max(1, round((steps or config.train.max_steps) * self.steps_scale))
         warmup_steps = min(max_steps, round(config.optim.warmup_steps * self.steps_scale))
         every = [

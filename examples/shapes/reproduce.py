@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         run_dir, name = out / f"{llm}_{row}_seed{seed}", f"{llm} {row} seed {seed}"
         init_from = out / f"stage1_seed{seed}" if row == "stage1_2" else None
         return [
-            recipe.stage2(run_dir, llm, init_from, name, seed),
+            recipe.stage2(run_dir, llm, init_from, name=name, seed=seed),
             recipe.evaluation(run_dir, row, answers(out, llm, row, seed), f"{name}, questions"),
         ]
 

@@ -79,8 +79,8 @@ class CacheWriter:
     """
 
     def __init__(
-        self, folder: str | Path, records: Records, sources: list[str], encoder: Mapping[str, Any],
-        transform: ImageTransform | None, *, width: int, num_tokens: int | None, dtype: str = "bfloat16",
+        self, folder: str | Path, records: Records, sources: list[str], *, encoder: Mapping[str, Any],
+        transform: ImageTransform | None, width: int, num_tokens: int | None, dtype: str = "bfloat16",
         crops: int = 0, seed: int = 0, shard_bytes: float = 256e6,
     ):  # fmt: skip
         if dtype not in DTYPES:
@@ -172,7 +172,14 @@ class CacheWriter:
             write_manifest(self.folder, self.manifest)
 
     def write(
-        self, encode: Encode, device: torch.device | str, batch_size: int, workers: int, rank: int = 0, world: int = 1
+        self,
+        encode: Encode,
+        device: torch.device | str,
+        *,
+        batch_size: int,
+        workers: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> Iterator[int]:
         """Write this process's share, every `world`-th of the missing shards; yields the pictures of each batch done.
 

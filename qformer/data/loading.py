@@ -71,6 +71,7 @@ class RecordDataset(Dataset[Sample]):
         self,
         records: Records | Sequence[Record],
         transform: ImageTransform | None,
+        *,
         seed: int,
         augment: bool,
         text: str,
@@ -276,7 +277,13 @@ def training_loader(dataset: RecordDataset, batches: GlobalBatches, workers: int
 
 
 def evaluation_loader(
-    dataset: RecordDataset, batch_size: int, workers: int, rank: int = 0, world_size: int = 1, limit: int | None = None
+    dataset: RecordDataset,
+    batch_size: int,
+    workers: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    limit: int | None = None,
 ) -> DataLoader[Sample]:
     """Return the loader of records rank, rank + W, ... of the first `limit`; ranks may differ by one batch."""
     assert dataset.in_order

@@ -159,7 +159,7 @@ class GlobalBatches(Sampler[list[Draw]]):
     any number of ranks. Iterating again starts again at `first`.
     """
 
-    def __init__(self, order: Order | Mixture, world_size: int, rank: int, micro_batch_size: int, first: int = 0):
+    def __init__(self, order: Order | Mixture, world_size: int, rank: int, micro_batch_size: int, *, first: int = 0):
         assert 0 <= rank < world_size, (rank, world_size)
         assert micro_batch_size > 0, micro_batch_size
         assert first >= 0, first

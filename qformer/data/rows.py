@@ -101,7 +101,7 @@ def picture_of(image: Any) -> tuple[str | None, bytes | None]:
     return (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
 
 
-def open_file(path: str, split: str | None, root: str | None, base: str, key: str) -> Rows:
+def open_file(path: str, split: str | None, root: str | None, *, base: str, key: str) -> Rows:
     """Open a record file; `split` keeps only the records that say so.
 
     Raises: ValueError as `read_records` does.
@@ -109,7 +109,8 @@ def open_file(path: str, split: str | None, root: str | None, base: str, key: st
     if not os.path.isfile(path):
         raise ValueError(f"{key}: there is no record file {path!r}")
     rows = _read_file(path, READERS[os.path.splitext(path)[1]], key)
-    table = _checked(path, rows, root if root is not None else os.path.dirname(path), root is not None, base, key)
+    folder = root if root is not None else os.path.dirname(path)
+    table = _checked(path, rows, folder, confined=root is not None, base=base, key=key)
     return replace(table, rows=_choose_split(table.rows, path, split, key))
 
 
@@ -119,10 +120,10 @@ def open_metadata(folder: str, name: str, base: str, key: str) -> Rows:
     Raises: ValueError as `read_records` does.
     """
     path = os.path.join(folder, name)
-    return _checked(path, _read_file(path, METADATA[name], key), folder, True, base, key)
+    return _checked(path, _read_file(path, METADATA[name], key), folder, confined=True, base=base, key=key)
 
 
-def open_saved(folder: str, split: str | None, root: str | None, base: str, key: str) -> Rows:
+def open_saved(folder: str, split: str | None, root: str | None, *, base: str, key: str) -> Rows:
     """Open what `save_to_disk` of `datasets` wrote: a data set, or several splits of which "train" is the default.
 
     Raises: ValueError as `read_records` does.
@@ -137,19 +138,19 @@ def open_saved(folder: str, split: str | None, root: str | None, base: str, key:
         if (split or "train") not in saved:
             raise ValueError(f"{key}: {folder} has no split {split or 'train'!r}; it has {', '.join(saved)}")
         saved, split = saved[split or "train"], None
-    table = _checked(folder, saved, root, root is not None, base, key)
+    table = _checked(folder, saved, root, confined=root is not None, base=base, key=key)
     return table if split is None else replace(table, rows=_choose_split(table.rows, folder, split, key))
 
 
-def open_hub(name: str, split: str | None, root: str | None, base: str, key: str) -> Rows:
+def open_hub(name: str, split: str | None, root: str | None, *, base: str, key: str) -> Rows:
     """Open a hub data set, downloaded whole.
 
     Raises: ValueError as `read_records` does.
     """
-    return _checked(name, _read_hub(name, split, key), root, root is not None, base, key)
+    return _checked(name, _read_hub(name, split, key), root, confined=root is not None, base=base, key=key)
 
 
-def _checked(source: str, rows: datasets.Dataset, folder: str | None, confined: bool, base: str, key: str) -> Rows:
+def _checked(source: str, rows: datasets.Dataset, folder: str | None, *, confined: bool, base: str, key: str) -> Rows:
     if len(rows) == 0:
         raise ValueError(f"{key}: {source} holds no records")
     rows = choose_fields(rows, source)

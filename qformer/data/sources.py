@@ -66,12 +66,12 @@ def _open(source: str, root: str | None, base: str, key: str) -> Table:
         raise ValueError(f"{key}: {source!r} is an address; only .tar files are read at one; download it, or pack tars")
     path, split = _split_source(os.path.expanduser(source))
     if any(os.path.isfile(os.path.join(path, name)) for name in SAVED):
-        return open_saved(path, split, root, base, key)
+        return open_saved(path, split, root, base=base, key=key)
     if os.path.isdir(path):
         return open_folder(path, base, key)
     if os.path.splitext(path)[1] in READERS:
-        return open_file(path, split, root, base, key)
-    return open_hub(path, split, root, base, key)
+        return open_file(path, split, root, base=base, key=key)
+    return open_hub(path, split, root, base=base, key=key)
 
 
 def _split_source(source: str) -> tuple[str, str | None]:

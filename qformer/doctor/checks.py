@@ -225,7 +225,7 @@ def check_data(case: Case, split: str) -> Verdict:
         return WARNING, f"{len(records)} records; none was opened, because the encoder's input size is not known"
     made = build_dataset(config.data, case.encoder, split, config.train.seed)
     view = RecordDataset(
-        records, made.transform, config.train.seed, augment=False, text="caption", in_order=True,
+        records, made.transform, seed=config.train.seed, augment=False, text="caption", in_order=True,
         features=made.features,
     )  # fmt: skip
     start = time.perf_counter()

@@ -68,10 +68,10 @@ def evaluate(
         write_submission(submit, kind, texts, outputs)
     scores = _score(kind, texts, outputs, rule)
     source = str(predictions) if predictions else mode
-    _report(kind, texts, scores, broken, source)
+    _report(kind, texts, scores, broken=broken, source=source)
     if json_file:
         head = {"task": task, "mode": None if predictions else mode, "predictions": predictions and str(predictions)}
-        _write_json(json_file, head, kind, texts, outputs, scores, len(broken))
+        _write_json(json_file, head, kind, texts, outputs=outputs, scores=scores, dropped=len(broken))
 
 
 def _one_of(option: str, value: str | None, choices: Sequence[str]) -> str:
@@ -135,7 +135,7 @@ def _score(task: Task, texts: Sequence[Record], outputs: Sequence[Any], rule: st
     return task.score([record for record, _ in rows], [output for _, output in rows], rule) if rows else None
 
 
-def _report(task: Task, texts: Sequence[Record], scores: Scores | None, broken: list[str], source: str) -> None:
+def _report(task: Task, texts: Sequence[Record], scores: Scores | None, *, broken: list[str], source: str) -> None:
     width = max([7, *map(len, scores.groups), *map(len, scores.values)]) if scores else 0
     if scores:
         for name, (value, n) in scores.groups.items():
@@ -159,7 +159,7 @@ def _report(task: Task, texts: Sequence[Record], scores: Scores | None, broken: 
 
 
 def _write_json(
-    path: Path, head: dict[str, Any], task: Task, texts: Sequence[Record], outputs: Sequence[Any],
+    path: Path, head: dict[str, Any], task: Task, texts: Sequence[Record], *, outputs: Sequence[Any],
     scores: Scores | None, dropped: int,
 ) -> None:  # fmt: skip
     results = [

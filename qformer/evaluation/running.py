@@ -73,7 +73,9 @@ def compute_outputs(
         mine = todo[state.process_index :: state.num_processes]
         if file:
             file.begin(state.process_index)
-        batches = _with_images(records, mine, model.transform, batch_size, workers) if mode == WITH_IMAGE else None
+        batches = None
+        if mode == WITH_IMAGE:
+            batches = _with_images(records, mine, model.transform, batch_size=batch_size, workers=workers)
         total = -(-len(mine) // batch_size)
         hidden = not (state.is_main_process and sys.stderr.isatty())
         for batch in track(batches or _without(mine, batch_size), "answering", total, disable=hidden):
@@ -97,7 +99,7 @@ def compute_outputs(
 
 
 def _with_images(
-    records: Records, indices: Sequence[int], transform: ImageTransform | None, batch_size: int, workers: int
+    records: Records, indices: Sequence[int], transform: ImageTransform | None, *, batch_size: int, workers: int
 ) -> DataLoader:
     """Batches of (index, image); a worker reads no further than one batch ahead."""
     workers = min(workers, -(-len(indices) // batch_size))

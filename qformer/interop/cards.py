@@ -1,6 +1,6 @@
 """The README.md of an export: what it is, how near it came to ours, and a few lines of code that run it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from qformer.card import card
 from qformer.config import Stage2Part
@@ -77,7 +77,7 @@ from transformers import {auto}, AutoTokenizer
 
 llm, tokenizer = {auto}.from_pretrained("{llm}"), AutoTokenizer.from_pretrained("{llm}")
 words = llm.get_input_embeddings()(tokenizer("{prompt}", return_tensors="pt").input_ids)[0]
-prompt_embeds = torch.cat([load_file("{file}")["{picture}"].to(words), words])
+prompt_embeds = torch.cat([load_file("{file}")["{image}"].to(words), words])
 ids = llm.generate(inputs_embeds=prompt_embeds[None], max_new_tokens={tokens})
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
@@ -99,10 +99,29 @@ client.completions.create(model="{llm}", prompt="", max_tokens={tokens}, extra_b
 """
 
 
-def of_whole(
-    config: Any, architecture: str, why: str, keys: Report, differences: dict[str, float],
-    encoder_decoder: bool,
-) -> str:  # fmt: skip
+class ExportReport(NamedTuple):
+    """What was written: transformers' class, why this one, what became of our tensors, and how far its outputs are off."""
+
+    architecture: str
+    why: str
+    keys: Report
+    differences: dict[str, float]
+
+    @property
+    def far(self) -> str:
+        """The differences in words."""
+        return ", ".join(f"{name} {value:.1e}" for name, value in self.differences.items())
+
+    def lines(self) -> list[str]:
+        """Plain words, a line each."""
+        return [
+            f"{self.architecture}: {self.why}",
+            *self.keys.lines("this adapter"),
+            f"largest difference to ours when transformers runs it (float32): {self.far}",
+        ]
+
+
+def of_whole(config: Any, report: ExportReport, encoder_decoder: bool) -> str:
     """Card of a whole model."""
     code = RETRIEVAL
     if config.stage == "stage2":
@@ -115,21 +134,16 @@ def of_whole(
         code = GENERATION.format(prompt=_quoted(config.llm.prompt), without_prompt=without, **settings)
         question = config.llm.vqa_prompt or PROMPTS["vqa_encoder_decoder" if encoder_decoder else "vqa_decoder_only"]
         code += f'# a question: text="{_quoted(question.format("what is this?"))}"\n'
-    return _card(config, architecture, why, keys, differences, code, True)
+    return _card(config, report, code, whole=True)
 
 
-def of_untokenized(
-    config: Any, architecture: str, why: str, keys: Report, differences: dict[str, float]
-) -> str:  # fmt: skip
+def of_untokenized(config: Any, report: ExportReport) -> str:
     """Card of a whole model whose Q-Former reads text and came without a tokenizer."""
     run = UNTOKENIZED_STAGE2 if config.stage == "stage2" else UNTOKENIZED_STAGE1
-    return _card(config, architecture, why, keys, differences, UNTOKENIZED.format(auto=architecture, run=run), True)
+    return _card(config, report, UNTOKENIZED.format(auto=report.architecture, run=run), whole=True)
 
 
-def of_qformer(
-    config: Any, architecture: str, why: str, keys: Report, differences: dict[str, float],
-    width: int,
-) -> str:  # fmt: skip
+def of_qformer(config: Any, report: ExportReport, width: int) -> str:
     """Card of a Q-Former alone; `width` is Dv."""
     stage2 = config.stage == "stage2"
     instructed = config.stage == "stage2" and config.stage2.instructed
@@ -151,16 +165,14 @@ def of_qformer(
         if config.stage == "stage2"
         else "`F.normalize(image_embeds, dim=-1)` are the contrastive embeddings, one a query.\n"
     )
-    return _card(config, architecture, why, keys, differences, code) + "\n" + after
+    return _card(config, report, code) + "\n" + after
 
 
-def of_visual_prompts(config: Stage2Part, encoder_decoder: bool, prompt: str, picture: str, lora: bool = False) -> str:
+def of_visual_prompts(config: Stage2Part, encoder_decoder: bool, prompt: str, image: str, *, lora: bool = False) -> str:
     """Card of visual prompts, with an image of theirs as the example; `lora`: the folder has one of the language model."""
     values = {"llm": config.llm.id, "tokens": config.llm.caption_max_new_tokens}
     auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
-    code = PROMPT_EMBEDS.format(
-        auto=auto, prompt=_quoted(prompt), file=VISUAL_PROMPTS, picture=_quoted(picture), **values
-    )
+    code = PROMPT_EMBEDS.format(auto=auto, prompt=_quoted(prompt), file=VISUAL_PROMPTS, image=_quoted(image), **values)
     return (
         f"# Visual prompts for `{config.llm.id}`\n\n`{VISUAL_PROMPTS}` holds float32[{config.qformer.queries}, Dl] by "
         "image: what a Q-Former saw, in the language model's input space. Embedded text follows it: "
@@ -169,18 +181,14 @@ def of_visual_prompts(config: Stage2Part, encoder_decoder: bool, prompt: str, pi
     )
 
 
-def _card(
-    config: Any, architecture: str, why: str, keys: Report, differences: dict[str, float],
-    code: str, whole: bool = False,
-) -> str:  # fmt: skip
-    far = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+def _card(config: Any, report: ExportReport, code: str, whole: bool = False) -> str:
     facts = [
-        why,
-        f"largest difference to the adapter it was made from, on one image in float32: {far}",
+        report.why,
+        f"largest difference to the adapter it was made from, on one image in float32: {report.far}",
         *([PROCESSOR] if whole else []),
-        *keys.lines("the adapter"),
+        *report.keys.lines("the adapter"),
     ]
-    return card(f"A Q-Former as transformers' {architecture}", config, facts, code)
+    return card(f"A Q-Former as transformers' {report.architecture}", config, facts, code)
 
 
 def _quoted(text: str) -> str:

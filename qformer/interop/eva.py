@@ -18,7 +18,7 @@ from qformer.interop.vision import EVA, PATCHES, POSITIONS, DoesNotFit
 
 
 def save_as_blip2(
-    eva: Mapping[str, Tensor], norm: Mapping[str, Tensor], folder: Path, source: str, heads: int | None = None
+    eva: Mapping[str, Tensor], norm: Mapping[str, Tensor], folder: Path, *, source: str, heads: int | None = None
 ) -> None:
     """Write EVA's weights as a Blip2VisionModel folder in float32, with LAVIS's preparation of images.
 

@@ -38,7 +38,7 @@ from qformer.checkpoint import trainable_tensors
 from qformer.encoders import FrozenEncoder
 from qformer.files import atomic_folder
 from qformer.interop import cards
-from qformer.interop.cards import CARD, REST
+from qformer.interop.cards import CARD, REST, ExportReport
 from qformer.interop.keys import BLIP2, INSTRUCT_BLIP
 from qformer.interop.parity import (
     TOLERANCE,
@@ -80,24 +80,6 @@ INSTRUCTED = _Classes(
 )
 
 
-class ExportReport(NamedTuple):
-    """What was written: transformers' class, why this one, what became of our tensors, and how far its outputs are off."""
-
-    architecture: str
-    why: str
-    keys: Report
-    differences: dict[str, float]
-
-    def lines(self) -> list[str]:
-        """Plain words, a line each."""
-        far = ", ".join(f"{name} {value:.1e}" for name, value in self.differences.items())
-        return [
-            f"{self.architecture}: {self.why}",
-            *self.keys.lines("this adapter"),
-            f"largest difference to ours when transformers runs it (float32): {far}",
-        ]
-
-
 def export(model: Model, config: Config, out: Path, image: Image.Image | None = None) -> ExportReport:
     """Write a model as a folder of transformers, load it there and compare; nothing is left where outputs differ.
 
@@ -128,7 +110,7 @@ def export(model: Model, config: Config, out: Path, image: Image.Image | None = 
         if converted:
             for path in learnt:  # merged
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            architecture, keys = _write_whole(model, config, converted, folder, without_tokenizer)
+            architecture, keys = _write_whole(model, config, converted, folder, without_tokenizer=without_tokenizer)
         else:
             architecture, keys = _write_qformer(model, config, folder, without_tokenizer)
             keys = keys._replace(notes=tuple(f"{path.name}: {note}" for path, note in learnt.items()))
@@ -148,15 +130,15 @@ def export(model: Model, config: Config, out: Path, image: Image.Image | None = 
                 f"{out} was not written: {architecture} of transformers differs from this adapter ({far}), expected at "
                 f"most {TOLERANCE}{hint}"
             )
-        facts = (config, architecture, why, keys, differences)
+        report = ExportReport(architecture, why, keys, differences)
         if not converted:
-            card = cards.of_qformer(*facts, model.encoder.width)
+            card = cards.of_qformer(config, report, model.encoder.width)
         elif without_tokenizer:
-            card = cards.of_untokenized(*facts)
+            card = cards.of_untokenized(config, report)
         else:
-            card = cards.of_whole(*facts, model.name == "stage2" and model.llm.is_encoder_decoder)
+            card = cards.of_whole(config, report, model.name == "stage2" and model.llm.is_encoder_decoder)
         (folder / CARD).write_text(card)
-    return ExportReport(architecture, why, keys, differences)
+    return report
 
 
 def _write_learnt(model: Model, folder: Path) -> dict[Path, str]:
@@ -207,7 +189,7 @@ def _fitting(model: Model, encoder: str) -> Converted:
 
 
 def _write_whole(
-    model: Model, config: Config, converted: Converted, folder: Path, without_tokenizer: bool
+    model: Model, config: Config, converted: Converted, folder: Path, *, without_tokenizer: bool
 ) -> tuple[str, Report]:
     """Model and processor; the target is built without memory and takes our tensors over, so that none is held twice."""
     stage2 = model if model.name == "stage2" else None

@@ -50,7 +50,9 @@ def save_encoder(file: Path, folder: Path, heads: int | None = None) -> None:
     """
     tensors = read_lavis(file)
     eva = {name.removeprefix(ENCODER): tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
-    save_as_blip2(eva, {kind: tensors[f"ln_vision.{kind}"] for kind in ("weight", "bias")}, folder, str(file), heads)
+    save_as_blip2(
+        eva, {kind: tensors[f"ln_vision.{kind}"] for kind in ("weight", "bias")}, folder, source=str(file), heads=heads
+    )
 
 
 def read_lavis(file: Path) -> dict[str, Tensor]:
@@ -79,7 +81,14 @@ def import_tensors(
         if copy in tensors and original in tensors and not torch.equal(tensors[copy], tensors[original]):
             raise ValueError(f"{source}: {copy} differs from {original}, but they are one tensor in a Q-Former")
     projection = next((name for name in PROJECTIONS if f"{name}.weight" in tensors), None)
-    config: Any = _config(tensors, source, arguments, projection, infer_sizes(tensors, source), encoder_folder)
+    config: Any = _config(
+        tensors,
+        source,
+        arguments,
+        projection=projection,
+        sizes=infer_sizes(tensors, source),
+        encoder_folder=encoder_folder,
+    )
     width = len(tensors["ln_vision.weight"])
     llm_width = len(tensors[f"{projection}.weight"]) if projection else None
     vocab_size = len(tensors[WORDS]) if WORDS in tensors else None
@@ -140,8 +149,8 @@ def infer_sizes(tensors: Mapping[str, Tensor], source: str) -> dict[str, int]:
 
 
 def _config(
-    tensors: Mapping[str, Tensor], source: str, arguments: list[str], projection: str | None, sizes: dict[str, int],
-    encoder_folder: Path | None,
+    tensors: Mapping[str, Tensor], source: str, arguments: list[str], *,
+    projection: str | None, sizes: dict[str, int], encoder_folder: Path | None,
 ) -> Any:  # fmt: skip
     """The named frozen parts with the sizes that the tensors show."""
     before = [f"qformer.{key}={value}" for key, value in sizes.items()]

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_visual_prompts(
-    model: Stage2, config: Stage2Part, features: Iterable[tuple[str, Features]], prompt: str, out: Path
+    model: Stage2, config: Stage2Part, features: Iterable[tuple[str, Features]], *, prompt: str, out: Path
 ) -> int:
     """Write visual prompts float32[Q, Dl] by image name, for a server of the unmodified language model; returns how many.
 
@@ -45,6 +45,6 @@ def write_visual_prompts(
             logger.warning("the language model learnt too: serve %s with the LoRA in %s", config.llm.id, out / LLM_LORA)
         save_file(prompts, folder / VISUAL_PROMPTS, metadata={"llm": config.llm.id, "prompt": prompt})
         (folder / CARD).write_text(
-            of_visual_prompts(config, model.llm.is_encoder_decoder, prompt, next(iter(prompts)), lora is not None)
+            of_visual_prompts(config, model.llm.is_encoder_decoder, prompt, next(iter(prompts)), lora=lora is not None)
         )
     return len(prompts)

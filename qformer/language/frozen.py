@@ -222,19 +222,21 @@ class FrozenLanguageModel(nn.Module, ABC):
         new_ids = [
             row
             for group in groups
-            for row in self._search(embeds[group], mask[group], config, repetition_penalty, len(groups) > 1)
+            for row in self._search(
+                embeds[group], mask[group], config, penalty=repetition_penalty, alone=len(groups) > 1
+            )
         ]
         assert all(len(row) <= max_new_tokens for row in new_ids)
         return [self._text(row) for row in new_ids]
 
     def _search(
-        self, embeds: Tensor, mask: Tensor, config: GenerationConfig, repetition_penalty: float, alone: bool
+        self, embeds: Tensor, mask: Tensor, config: GenerationConfig, *, penalty: float, alone: bool
     ) -> list[list[int]]:
         """New ids of each row; `alone`: a single row, whose padding is taken off."""
         if alone:
             embeds, mask = embeds[:, mask[0]], mask[:, mask[0]]
         # Not by the config: there, with rows from embeddings, padding shields the first new tokens from the penalty.
-        penalties = [RepetitionPenalty(repetition_penalty)] if repetition_penalty != 1 else []
+        penalties = [RepetitionPenalty(penalty)] if penalty != 1 else []
         more: dict[str, Any] = {"logits_processor": LogitsProcessorList(penalties)} if penalties else {}
         inputs = {"inputs_embeds": embeds, "attention_mask": mask.long(), "generation_config": config, **more}
         copies = max(cast(int, config.num_beams), cast(int, config.num_return_sequences))

@@ -15,7 +15,7 @@ from typing import Any
 from qformer.shapes import grammar, world
 
 
-def write_world(folder: Path, n_train: int, n_validation: int, n_questions: int, seed: int = 0) -> None:
+def write_world(folder: Path, *, n_train: int, n_validation: int, n_questions: int, seed: int = 0) -> None:
     """Write `n_train` and `n_validation` captioned pictures and `n_questions` questions, all from one seed."""
     for split, count in (("train", n_train), ("validation", n_validation)):
         rng = random.Random(f"{seed} {split}")
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=700, help="questions about held-out pictures")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    write_world(args.folder, args.train, args.validation, args.questions, args.seed)
+    counts = {"n_train": args.train, "n_validation": args.validation, "n_questions": args.questions}
+    write_world(args.folder, **counts, seed=args.seed)
     print(f"wrote {args.train} + {args.validation} captioned pictures and {args.questions} questions to {args.folder}")
 
 
