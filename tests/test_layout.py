@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,12 @@ def test_a_file_imports_only_from_lower_floors(file):
 
 def test_every_place_on_the_floors_exists():
     assert all((PACKAGE / place).exists() for places in FLOORS for place in places)
+
+
+def test_the_map_in_the_docs_shows_these_floors():
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", (REPO / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert [re.findall(r"`([^`]+)`", places) for _, places in rows] == FLOORS
+    assert [int(number) for number, _ in rows] == list(range(len(FLOORS)))
 
 
 def test_the_package_never_imports_stages_and_stages_never_each_other():

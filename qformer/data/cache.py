@@ -220,6 +220,9 @@ class FeatureCache:
 class TensorFile:
     """A safetensors file, of which rows are read by position; `metadata` is the JSON under its key "qformer".
 
+    `safetensors.safe_open` maps the file: every page that was read stays in the resident memory of each process that
+    read it, in the end the whole cache (benchmarks/cache_reader.py shows both).
+
     Raises: ValueError when the file is missing, damaged or incomplete.
     """
 
