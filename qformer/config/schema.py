@@ -107,7 +107,7 @@ class EncoderConfig:
     block: int | None = _doc(
         None,
         "block whose output is read, before the final norm (-1 last; null = -2, as in the paper), or a convnet's feature "
-        "map (null = -1)",
+        "map (null = the last)",
     )
     image_size: int | None = _doc(None, "side in pixels; null = the weights' own")
     dtype: str = _doc("float32", "dtype of the frozen weights", DTYPES)

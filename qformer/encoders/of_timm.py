@@ -21,14 +21,15 @@ class TimmEncoder(FrozenEncoder):
     """A model of timm, cut after the tapped block or feature map.
 
     The tokens of a vision transformer are its prefix (class token, registers) and its patches. A feature map
-    float[B, C, h, w] becomes h * w tokens of C, row by row.
+    float[B, C, h, w] becomes h * w tokens of C, row by row. Where a convnet widens its last map before it pools it
+    (EfficientNet, by a 1 x 1 convolution), that wider map is what is read unless a block is named.
     """
 
     def __init__(self, tower: Any, input_transform: InputTransform, *, block: int | None = None) -> None:
         """Cut `tower` in place.
 
         Args:
-            block: None = the second last block of a vision transformer, the last feature map of another model.
+            block: None = the second last block of a vision transformer, the last and widest feature map of another model.
 
         Raises: ValueError when the model hands out no feature maps, or has no such block.
         """
@@ -37,7 +38,8 @@ class TimmEncoder(FrozenEncoder):
             raise ValueError(f"encoder.id names a {kind}, which timm reads no feature maps of; take a ViT or a convnet")
         is_vit = "return_prefix_tokens" in inspect.signature(tower.forward_intermediates).parameters
         tap = block_index((-2 if is_vit else -1) if block is None else block, len(tower.feature_info))
-        tower.prune_intermediate_layers([tap], prune_norm=True, prune_head=True)
+        self._whole = block is None and tower.num_features > tower.feature_info[-1]["num_chs"]
+        tower.reset_classifier(0, "") if self._whole else tower.prune_intermediate_layers([tap], True, True)
         super().__init__(tower, 0, None, input_transform)
         self._arguments = {"indices": [tap], "stop_early": True, "intermediates_only": True, "norm": False}
         self._arguments["output_fmt"] = "NLC" if is_vit else "NCHW"  # Swin's NHWC as well
@@ -48,7 +50,10 @@ class TimmEncoder(FrozenEncoder):
 
     def encode(self, inputs: Tensor, mask: Tensor | None) -> Features:
         tower: Any = self.tower
-        (output,) = tower.forward_intermediates(inputs, **self._arguments)
+        if self._whole:
+            output = tower.forward_features(inputs)
+        else:
+            (output,) = tower.forward_intermediates(inputs, **self._arguments)
         if self._has_prefix:
             patches, prefix = output
             return Features(torch.cat([prefix, patches], dim=1), None)
