@@ -13,6 +13,7 @@ from qformer.config.loading import (
     read_values,
     to_yaml,
 )
+from qformer.config.protocol import Protocol, protocol_options, read_protocol, task_names
 from qformer.config.schema import (
     DTYPES,
     ENCODER_LOADERS,
@@ -32,7 +33,8 @@ from qformer.config.schema import (
 )
 
 __all__ = [
-    "DTYPES", "ENCODER_LOADERS", "ConfigError", "DataConfig", "EncoderConfig", "LlmConfig", "ModelPart", "QFormerConfig", "RunPart", "Stage1Config",
+    "DTYPES", "ENCODER_LOADERS", "ConfigError", "DataConfig", "EncoderConfig", "LlmConfig", "ModelPart", "Protocol", "QFormerConfig", "RunPart", "Stage1Config",
     "Stage1Part", "Stage1Section", "Stage2Config", "Stage2Part", "Stage2Section", "from_values", "load_config", "model_part",
-    "named_stage", "only_model", "parse_arguments", "prompt_problem", "read_config", "read_section", "read_values", "to_yaml",
+    "named_stage", "only_model", "parse_arguments", "prompt_problem",
+    "protocol_options", "read_config", "read_protocol", "read_section", "read_values", "task_names", "to_yaml",
 ]  # fmt: skip

@@ -41,7 +41,7 @@ def load_config(root: type[Part], arguments: list[str], needed: tuple[str, ...] 
     """
     merged = OmegaConf.structured(root)
     for argument in arguments:
-        merged = _merge(merged, _fragment(argument), argument, root)
+        merged = _merge(merged, read_fragment(argument), argument, root)
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
     except InterpolationResolutionError as error:
@@ -58,7 +58,7 @@ def named_stage(arguments: list[str]) -> str | None:
 
     Raises: ConfigError for a missing file or bad YAML.
     """
-    return next((str(f.stage) for f in map(_fragment, reversed(arguments)) if f.get("stage") is not None), None)
+    return next((str(f.stage) for f in map(read_fragment, reversed(arguments)) if f.get("stage") is not None), None)
 
 
 def model_part(root: type) -> type[ModelPart]:
@@ -74,7 +74,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is no adapter, checkpoint or run folder: it has no config.yaml")
-    values = cast(dict[str, Any], OmegaConf.to_container(_moved(_fragment(str(path)))))
+    values = cast(dict[str, Any], OmegaConf.to_container(_moved(read_fragment(str(path)))))
     return values if "stage" in values else {"stage": "stage2" if "stage2" in values else "stage1", **values}
 
 
@@ -143,7 +143,11 @@ def parse_arguments(root: type[Part], doc: str, argv: list[str] | None) -> Part:
     return config
 
 
-def _fragment(argument: str) -> Any:
+def read_fragment(argument: str) -> Any:
+    """The values of a YAML file, found by name, or of one `key.path=value`.
+
+    Raises: ConfigError for another argument, a missing file or bad YAML.
+    """
     if argument.startswith("-"):
         raise ConfigError(f"unknown option {argument}; options are --help and --print-config")
     is_file = argument.endswith((".yaml", ".yml"))
@@ -265,7 +269,7 @@ def _to_dataclass(root: type[Part], merged: Any, needed: tuple[str, ...] | None 
         values = {f.name: merged[name][f.name] for f in fields if not OmegaConf.is_missing(merged[name], f.name)}
         values = {key: OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for key, v in values.items()}
         for field in (f for f in fields if f.name in values):
-            values[field.name], problem = _checked(f"{name}.{field.name}", values[field.name], field)
+            values[field.name], problem = check_value(f"{name}.{field.name}", values[field.name], field)
             problems += [problem] if problem else []
         sections[name] = kind(**values)
     config = root(stage=merged.stage, **sections)
@@ -276,7 +280,7 @@ def _to_dataclass(root: type[Part], merged: Any, needed: tuple[str, ...] | None 
     return config
 
 
-def _checked(key: str, value: Any, field: dataclasses.Field) -> tuple[Any, str | None]:
+def check_value(key: str, value: Any, field: dataclasses.Field) -> tuple[Any, str | None]:
     """The value of a key, and what is wrong with it; a choice that YAML took for false becomes "no" again."""
     choices, least, above, most = (field.metadata.get(k) for k in ("choices", "at_least", "above", "at_most"))
     if value == "False" and choices and "no" in choices:

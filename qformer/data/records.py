@@ -47,6 +47,8 @@ class Record:
         question_id: of the type that the source has: servers want their numbers back.
         problem: why the source could not give this record.
         answer_type: of VQA v2: yes/no, number or other.
+        split: as the source names it.
+        number_id: the source has `image_id` as a number, as COCO does.
     """
 
     image: str
@@ -59,6 +61,8 @@ class Record:
     image_bytes: bytes | None = field(default=None, repr=False)
     problem: str | None = None
     answer_type: str | None = None
+    split: str | None = None
+    number_id: bool = False
 
     def require_sound(self) -> None:
         """Raise BrokenRecord when the source could not give this record."""
@@ -186,6 +190,8 @@ def build_record(identity: Identity, fields: Mapping[str, Any]) -> Record:
         question_type=_string(fields.get("question_type")),
         image_bytes=identity.content,
         answer_type=_string(fields.get("answer_type")),
+        split=_string(fields.get("split")),
+        number_id=isinstance(fields.get("image_id"), int),
     )
 
 

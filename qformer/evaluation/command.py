@@ -6,58 +6,66 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qformer.data import Record, Records, read_records
+from qformer.config import Protocol
+from qformer.data import Record, read_records
 from qformer.evaluation import TASKS, Scores, Task
+from qformer.evaluation.choosing import Chosen, choose, lack_of_use
 from qformer.evaluation.outputs import OutputFile, read_predictions, write_submission
+from qformer.evaluation.task import GENERATION
 from qformer.files import atomic_file
 
 
 def evaluate(
-    paths: Sequence[str], *, task: str = "vqa", mode: str | None = None, rule: str | None = None,
-    predictions: Path | None = None, root: str | None = None, limit: int | None = None,
-    answers: Path | None = None, json_file: Path | None = None, submit: Path | None = None,
-    batch_size: int = 64, workers: int = 2, device: str | None = None, num_beams: int | None = None,
+    paths: Sequence[str], protocol: Protocol, *, predictions: Path | None = None, root: str | None = None,
+    limit: int | None = None, answers: Path | None = None, json_file: Path | None = None, submit: Path | None = None,
+    batch_size: int = 64, workers: int = 2, device: str | None = None,
 ) -> None:  # fmt: skip
     """Ask an adapter, or take `predictions`, score the outputs, print the scores and write what is asked for.
 
     Args:
         paths: an adapter folder and sources of records; with `predictions` an adapter folder may be left out.
-        mode: what the model is given, one of the task's; None = its first, images.
-        rule: by which rule the metric counts, one of the task's; None = its first.
-        limit: only the first records.
+        limit: only the first records; of a task that counts images, the first images.
         answers: a file that grows while outputs are computed; begun again with it, a run goes on where it stopped.
         json_file: scores and every output.
         submit: outputs alone, as official servers take them.
         workers: processes of each rank that read images.
-        num_beams: None = as the adapter was trained with.
 
     Raises: ValueError when a record lacks what the task needs, an option or a file does not fit.
     """
-    kind = TASKS[task]
-    mode = _one_of("--mode", mode, kind.modes)
-    rule = _one_of("--rule", rule, kind.rules)
-    if min(batch_size, 1 if limit is None else limit) < 1 or workers < 0 or (num_beams is not None and num_beams < 1):
-        raise ValueError("--batch-size and --limit must be at least 1, --num-beams too, and --workers at least 0")
+    kind = TASKS[protocol.task]
+    mode = _one_of("--mode", protocol.mode, kind.modes)
+    rule = _one_of("--rule", protocol.rule, kind.rules)
+    if min(batch_size, 1 if limit is None else limit) < 1 or workers < 0:
+        raise ValueError("--batch-size and --limit must be at least 1, and --workers at least 0")
+    generation = _generation(kind, protocol)
     adapter, sources = _split(paths, predictions)
     _require_writable(answers, json_file, submit)
     records = read_records(sources, root=root, key="RECORDS")
-    texts = _choose(kind, records, mode, limit)
-    _require_use(kind, texts, submit, answers or json_file)
+    chosen = choose(kind, records, mode=mode, split=protocol.split, limit=limit)
+    texts = chosen.texts
+    if lack := lack_of_use(kind, texts, submitted=submit is not None, written=bool(answers or json_file)):
+        raise ValueError(lack)
     broken: list[str] = []
     if predictions:
         outputs = read_predictions(predictions, kind, texts, partly=limit is not None)
     else:
         from qformer.evaluation.running import compute_outputs  # only now what imports torch
 
-        made_of: dict[str, Any] = {"task": task, "mode": mode, "adapter": _fingerprint(adapter), "num_beams": num_beams}
+        made_of: dict[str, Any] = {
+            "task": protocol.task,
+            "mode": mode,
+            "adapter": _fingerprint(adapter),
+            "split": protocol.split,
+        }
+        made_of |= {key: generation.get(key) for key in kind.options}
         made_of["records"] = [os.path.abspath(s) if os.path.exists(s) else s for s in sources]
         results = compute_outputs(
-            adapter, kind, records, texts, mode=mode, batch_size=batch_size, workers=workers, device=device,
-            file=OutputFile(answers, kind, texts, made_of) if answers else None,
-            generation={} if num_beams is None else {"num_beams": num_beams},
+            adapter, kind, chosen, mode=mode, batch_size=batch_size, workers=workers, device=device,
+            file=OutputFile(answers, kind, texts, made_of) if answers else None, generation=generation,
         )  # fmt: skip
         if results is None:
             return  # not the first rank
@@ -67,11 +75,26 @@ def evaluate(
     if submit:
         write_submission(submit, kind, texts, outputs)
     scores = _score(kind, texts, outputs, rule)
-    source = str(predictions) if predictions else mode
-    _report(kind, texts, scores, broken=broken, source=source)
+    _report(kind, chosen, scores, broken=broken, source=str(predictions) if predictions else mode)
+    if protocol.reported:
+        print(f"reported: {' '.join(protocol.reported.split())}")
     if json_file:
-        head = {"task": task, "mode": None if predictions else mode, "predictions": predictions and str(predictions)}
+        head: dict[str, Any] = {
+            "task": protocol.task,
+            "mode": None if predictions else mode,
+            "predictions": predictions and str(predictions),
+        }
+        head |= {"protocol": {key: value for key, value in asdict(protocol).items() if value is not None}}
         _write_json(json_file, head, kind, texts, outputs=outputs, scores=scores, dropped=len(broken))
+
+
+def _generation(task: Task, protocol: Protocol) -> dict[str, Any]:
+    """What the protocol says of how the model is asked, of what it says anything; the task must read it."""
+    values = {key: value for key in GENERATION if (value := getattr(protocol, key)) is not None}
+    for key in values:
+        if key not in task.options:
+            raise ValueError(f"{key}: task {protocol.task} does not read it; leave it out")
+    return values
 
 
 def _one_of(option: str, value: str | None, choices: Sequence[str]) -> str:
@@ -101,26 +124,6 @@ def _require_writable(*files: Path | None) -> None:
             raise ValueError(f"{file} cannot be written here")
 
 
-def _choose(task: Task, records: Records, mode: str, limit: int | None) -> list[Record]:
-    """The records to be asked, without the bytes of their images."""
-    texts = [records.text(i) for i in range(len(records) if limit is None else min(limit, len(records)))]
-    for number, record in enumerate(texts):
-        lack = None if record.problem is not None else task.lacks(record, mode)
-        if lack is not None:
-            raise ValueError(f"record {number} (from 0), {record.image}: {lack}")
-    return texts
-
-
-def _require_use(task: Task, texts: Sequence[Record], submit: Path | None, others: Path | None) -> None:
-    """A submission needs ids, a score needs references."""
-    if submit:
-        for record in texts:
-            if task.identify(record) is None:
-                raise ValueError(f"{record.image}: its record has no {task.id_field}, which --submit needs")
-    elif not others and not any(map(task.has_reference, texts)):
-        raise ValueError("no record has answers to score by; write the model's with --submit FILE or --json FILE")
-
-
 def _fingerprint(adapter: str) -> str:
     """What tells the trained weights of an adapter from others."""
     digest = hashlib.sha256(b"")
@@ -135,18 +138,24 @@ def _score(task: Task, texts: Sequence[Record], outputs: Sequence[Any], rule: st
     return task.score([record for record, _ in rows], [output for _, output in rows], rule) if rows else None
 
 
-def _report(task: Task, texts: Sequence[Record], scores: Scores | None, *, broken: list[str], source: str) -> None:
-    width = max([7, *map(len, scores.groups), *map(len, scores.values)]) if scores else 0
+def _report(task: Task, chosen: Chosen, scores: Scores | None, *, broken: list[str], source: str) -> None:
+    texts = chosen.texts
     if scores:
+        width = max(7, *map(len, [*scores.groups, *scores.values, *scores.absent]))
         for name, (value, n) in scores.groups.items():
-            print(f"{name:<{width}}  {value:5.1f}  ({n} questions)")
+            print(f"{name:<{width}}  {value:{scores.form}}  ({n} {task.noun})")
+        how = f"{scores.n} {task.noun}, {scores.unit}, {task.rule_field} {scores.rule}, {source}"
         for name, value in scores.values.items():
-            print(f"{name:<{width}}  {value:5.1f}  ({scores.n} questions, {scores.unit}, rule {scores.rule}, {source})")
+            print(f"{name:<{width}}  {value:{scores.form}}  ({how})")
+        for name, reason in scores.absent.items():
+            print(f"{name:<{width}}  {'-':>{len(format(0, scores.form))}}  ({reason})")
     warnings = list(scores.warnings) if scores else []
     if broken:
         warnings.append(f"{len(broken)} broken images were left out, the first: {broken[0]}")
     if unscored := sum(not task.has_reference(record) for record in texts):
         warnings.append(f"{unscored} of {len(texts)} records have no answers to score by")
+    if chosen.without_split:
+        warnings.append(f"{chosen.without_split} records name no split: they were taken as the protocol's")
     ids = Counter(i for i in map(task.identify, texts) if i is not None)
     if twice := [i for i, count in ids.items() if count > 1]:
         warnings.append(
@@ -162,21 +171,26 @@ def _write_json(
     path: Path, head: dict[str, Any], task: Task, texts: Sequence[Record], *, outputs: Sequence[Any],
     scores: Scores | None, dropped: int,
 ) -> None:  # fmt: skip
+    each = iter(scores.each if scores else ())
     results = [
         {
             task.id_field: task.identify(record),
             task.output_field: output,
             "image": record.image,
             **task.describe(record),
+            **(next(each, {}) if task.has_reference(record) else {}),
         }
         for record, output in zip(texts, outputs, strict=True)
         if output is not None
     ]
     if scores:
-        head |= {"scores": scores.values, "n": scores.n, "rule": scores.rule, "other_rules": scores.others}
-        head |= {"by_type": {name: value for name, (value, _) in scores.groups.items()}}
-        head |= {"n_by_type": {name: n for name, (_, n) in scores.groups.items()}}
+        head |= {"scores": scores.values | dict.fromkeys(scores.absent), "n": scores.n, task.rule_field: scores.rule}
+        head |= {"absent": scores.absent} if scores.absent else {}
+        head |= {"other_rules": scores.others} if scores.others else {}
+        if scores.groups:
+            head |= {"by_type": {name: value for name, (value, _) in scores.groups.items()}}
+            head |= {"n_by_type": {name: n for name, (_, n) in scores.groups.items()}}
     else:
-        head |= {"scores": {}, "n": 0, "rule": None}
+        head |= {"scores": {}, "n": 0, task.rule_field: None}
     with atomic_file(path) as scratch:
         scratch.write_text(json.dumps(head | {"dropped": dropped, "results": results}, indent=1))

@@ -11,10 +11,11 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qformer.data import BrokenRecord, Record, Records
+from qformer.data import BrokenRecord, Record
 from qformer.data.loading import load_input, start_worker
 from qformer.data.transforms import ImageTransform
 from qformer.distributed import gather_objects
+from qformer.evaluation.choosing import Chosen
 from qformer.evaluation.outputs import OutputFile
 from qformer.evaluation.task import WITH_IMAGE, Task
 from qformer.inference import load
@@ -26,7 +27,7 @@ GATHER_TIMEOUT = datetime.timedelta(hours=6)  # a rank that is done waits for th
 class Images(Dataset[tuple[int, Tensor | str]]):
     """The image of each of the `indices`, float[3, S, S] or features float[N, Dv]; a str is why it cannot be read."""
 
-    def __init__(self, records: Records, indices: Sequence[int], transform: ImageTransform | None):
+    def __init__(self, records: Chosen, indices: Sequence[int], transform: ImageTransform | None):
         self.records, self.indices, self.transform = records, indices, transform
 
     def __len__(self) -> int:
@@ -52,18 +53,17 @@ def start_ranks(device: str | None) -> PartialState:
 
 
 def compute_outputs(
-    adapter: str, task: Task, records: Records, texts: Sequence[Record], *,
+    adapter: str, task: Task, chosen: Chosen, *,
     mode: str, file: OutputFile | None, batch_size: int, workers: int, device: str | None, generation: dict[str, Any],
 ) -> tuple[list[Any], list[str]] | None:  # fmt: skip
-    """The output for each of `texts`, None where the image cannot be read, and why; None on ranks but the first.
+    """The output for each of the records, None where the image cannot be read, and why; None on ranks but the first.
 
     Args:
-        texts: the first of `records`, without the bytes of their images.
         file: where outputs are kept while they are computed, and those of an earlier try taken from.
 
     Raises: ValueError when the adapter cannot be loaded, or the file was made of something else.
     """
-    state = start_ranks(device)
+    state, texts = start_ranks(device), chosen.texts
     outputs = file.load() if file else {}
     state.wait_for_everyone()  # all ranks read the same before one writes
     broken = {i: str(BrokenRecord(r.image, r.problem)) for i, r in enumerate(texts) if r.problem is not None}
@@ -75,7 +75,7 @@ def compute_outputs(
             file.begin(state.process_index)
         batches = None
         if mode == WITH_IMAGE:
-            batches = _with_images(records, mine, model.transform, batch_size=batch_size, workers=workers)
+            batches = _with_images(chosen, mine, model.transform, batch_size=batch_size, workers=workers)
         total = -(-len(mine) // batch_size)
         hidden = not (state.is_main_process and sys.stderr.isatty())
         for batch in track(batches or _without(mine, batch_size), "answering", total, disable=hidden):
@@ -99,7 +99,7 @@ def compute_outputs(
 
 
 def _with_images(
-    records: Records, indices: Sequence[int], transform: ImageTransform | None, *, batch_size: int, workers: int
+    records: Chosen, indices: Sequence[int], transform: ImageTransform | None, *, batch_size: int, workers: int
 ) -> DataLoader:
     """Batches of (index, image); a worker reads no further than one batch ahead."""
     workers = min(workers, -(-len(indices) // batch_size))

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from qformer.data import Record
 
 WITH_IMAGE = "image"  # the mode in which images are read
+GENERATION = ("prompt", "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty")  # keys of a protocol
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Scores:
         groups: the first value over the records of one kind, and how many there are.
         others: the first value by the other rules.
         warnings: what a reader of the numbers has to know.
+        each: the scores of every record, in their order; () where there are none.
+        absent: why a value that belongs here could not be computed, by its name.
+        form: how values are printed.
     """
 
     values: dict[str, float]
@@ -30,6 +34,9 @@ class Scores:
     groups: dict[str, tuple[float, int]] = field(default_factory=dict)
     others: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    each: Sequence[dict[str, float]] = ()
+    absent: dict[str, str] = field(default_factory=dict)
+    form: str = "5.1f"
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,10 @@ class Task:
             returns them, one a record, None in modes without; keywords go to `generate`.
         score: outputs of records that all have references, by a rule.
         describe: what a result shows beside its id and output.
+        options: keys of a protocol that the task reads, beside those that all do; they go to `ask`.
+        noun: what is counted, in the plural.
+        rule_field: what a rule is: "rule" or "tokenizer".
+        by_image: records of one image are asked as one, which has the captions of all.
     """
 
     id_field: str
@@ -58,7 +69,12 @@ class Task:
     ask: Callable[..., list[Any]]  # (model, records, images, mode, **generation)
     score: "Callable[[Sequence[Record], Sequence[Any], str], Scores]"
     describe: "Callable[[Record], dict[str, Any]]"
+    options: tuple[str, ...] = GENERATION
+    noun: str = "questions"
+    rule_field: str = "rule"
+    by_image: bool = False
 
     def identify(self, record: "Record") -> Any:
         """The id of a record in official results, of the type that its source has; None = it has none."""
-        return getattr(record, self.id_field)
+        value = getattr(record, self.id_field)
+        return int(value) if self.id_field == "image_id" and record.number_id else value

@@ -1,0 +1,93 @@
+"""The protocol of a task: what a published number depends on beside the model, one file of `configs/tasks/` each."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qformer.config.fields import described
+from qformer.config.loading import ConfigError, check_value, read_fragment
+from qformer.config.packaged import config_names
+from qformer.messages import nearest
+
+FOLDER = "configs/tasks"
+NOT_OPTIONS = ("task", "reported")  # no options of the command line
+
+
+@dataclasses.dataclass
+class Protocol:
+    """How a task is run and scored; null = the task's own, or as the adapter was trained with."""
+
+    task: str = described(MISSING, "what is asked: a name of qformer.evaluation.TASKS")
+    mode: str | None = described(None, "what the model is given; null = images")
+    rule: str | None = described(None, "by which rule or tokenizer the metric counts; null = the task's first")
+    split: str | None = described(None, "only records of this split, where records name one; null = all")
+    prompt: str | None = described(None, "text before a caption; of questions with {} in the question's place")
+    num_beams: int | None = described(None, "beams", at_least=1)
+    max_new_tokens: int | None = described(None, "tokens of the longest output", at_least=1)
+    min_new_tokens: int | None = described(None, "tokens of the shortest output", at_least=0)
+    length_penalty: float | None = described(None, "beam scores are divided by length to this power")
+    reported: str | None = described(None, "what was published under this protocol, and where")
+
+
+def protocol_options() -> list[tuple[str, type, str]]:
+    """Name, type and meaning of every key that a command line may set beside `--task`."""
+    kinds = {"str | None": str, "int | None": int, "float | None": float}
+    fields = [field for field in dataclasses.fields(Protocol) if field.name not in NOT_OPTIONS]
+    return [(f.name, kinds[_kind(f)], f.metadata["help"]) for f in fields]
+
+
+def task_names() -> list[str]:
+    """The package's own protocols, as `--task` takes them: "coco_caption" of configs/tasks/coco_caption.yaml."""
+    return [Path(name).stem for name in config_names() if Path(name).parent.as_posix() == FOLDER]
+
+
+def read_protocol(source: str, tasks: tuple[str, ...], overrides: dict[str, Any] | None = None) -> Protocol:
+    """The protocol that `source` names: a task, a file of `configs/tasks/` by its bare name, or a path.
+
+    Args:
+        tasks: names of the tasks there are.
+        overrides: values by key that take the file's place; None = the file's stands.
+
+    Raises: ConfigError when there is no such task or file, or a key or value of it does not fit.
+    """
+    if source in tasks:
+        merged = OmegaConf.structured(Protocol(task=source))
+    else:
+        known = task_names()
+        if not source.endswith((".yaml", ".yml")) and source not in known:
+            raise ConfigError(f"--task {source}: no task and no file of {FOLDER}; {nearest(source, [*tasks, *known])}")
+        merged = _merged(f"{FOLDER}/{source}.yaml" if source in known else source)
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            merged[key] = value
+    values = cast(dict[str, Any], OmegaConf.to_container(merged))
+    for field in dataclasses.fields(Protocol):
+        if problem := check_value(field.name, values[field.name], field)[1]:
+            raise ConfigError(f"{problem} (--task {source})")
+    if values["task"] not in tasks:
+        raise ConfigError(f"task: {values['task']!r} in {source} is no task; {nearest(values['task'], tasks)}")
+    return Protocol(**values)
+
+
+def _merged(source: str) -> Any:
+    fragment = read_fragment(source)
+    known = [field.name for field in dataclasses.fields(Protocol)]
+    for key in fragment:
+        if key not in known:
+            raise ConfigError(f"unknown key {key} in {source}; {nearest(str(key), known)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Protocol), fragment)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        kind = next((_kind(field) for field in dataclasses.fields(Protocol) if field.name == key), "a value")
+        raise ConfigError(f"{key}: {fragment.get(key)!r} in {source} is not {kind}") from None
+    if OmegaConf.is_missing(merged, "task"):
+        raise ConfigError(f"missing value: task in {source} (what is asked)")
+    return merged
+
+
+def _kind(field: dataclasses.Field) -> str:
+    return str(getattr(field.type, "__name__", field.type))
