@@ -189,7 +189,7 @@ def _read_init_from(config: ModelPart, folder: str | None) -> tuple[dict[str, to
     """The tensors that a run begins with, and where they are from; none for a model that is only rebuilt."""
     if folder is None or not isinstance(config, RunPart):
         return None, ""
-    require_same_parts(config, Path(folder), ("encoder",))
+    require_same_parts(config, Path(folder), ("encoder",), start=True)
     return read_adapter(Path(folder)), folder
 
 

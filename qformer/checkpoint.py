@@ -202,8 +202,12 @@ IDENTITY = {
 }
 
 
-def require_same_parts(config: ModelPart, folder: Path, sections: Iterable[str]) -> None:
-    """Raise ValueError, naming both, when the adapter or checkpoint was trained with other frozen parts than the config's."""
+def require_same_parts(config: ModelPart, folder: Path, sections: Iterable[str], *, start: bool = False) -> None:
+    """Raise ValueError, naming both, when the adapter or checkpoint was trained with other frozen parts than the config's.
+
+    Args:
+        start: a new run starts from it, and an encoder that learns may do so at another image size, as BLIP-2's does.
+    """
     trained = read_values(folder)
     for section in sections:
         if section not in trained:
@@ -212,7 +216,8 @@ def require_same_parts(config: ModelPart, folder: Path, sections: Iterable[str])
             )
         part = config.frozen()[section]
         trained_part = read_section(folder, section, type(part))
-        for key in IDENTITY[section]:
+        free = ("image_size",) if start and config.tune.encoder != "no" else ()
+        for key in (key for key in IDENTITY[section] if key not in free):
             ours, theirs = getattr(part, key), getattr(trained_part, key)
             if ours != theirs:
                 raise ValueError(

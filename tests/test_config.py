@@ -11,6 +11,7 @@ from qformer.config import (
     Stage2Config,
     from_values,
     load_config,
+    named_stage,
     parse_arguments,
     read_config,
     to_yaml,
@@ -304,7 +305,8 @@ FRAGMENTS = sorted(  # accelerate/ is for `accelerate launch`, tasks/ for evalua
 def test_every_yaml_loads_with_its_root(name):
     values = [a for a in NEEDED if a.split(".")[0] in ("run", "data", "encoder")] + ["encoder.width=8"]
     path = str(CONFIGS / name)
-    roots = [1] if "stage1" in name else [2] if "stage2" in name or name.startswith("llm/") else [1, 2]
+    stages = {"stage1": [1], "stage2": [2], None: [2] if name.startswith("llm/") else [1, 2]}
+    roots = stages[named_stage([path])]
     for stage in roots:
         root = Stage1Config if stage == 1 else Stage2Config
         arguments = ["run.dir=runs/x", path]

@@ -289,6 +289,26 @@ def test_an_adapter_with_a_lora_is_not_begun_from_without_it(tiny, tmp_path):
     assert torch.equal(begun.encoder(torch.ones(1, 3, 32, 32)).tokens, model.encoder(torch.ones(1, 3, 32, 32)).tokens)
 
 
+def test_an_encoder_that_learns_may_begin_at_a_larger_size(tiny, tmp_path, capsys):
+    """BLIP-2 learns at 224 px and is fine-tuned at 364."""
+    run_stage(1, tiny.stage1(tmp_path / "s1", "train.max_steps=1", "data.validation=[]"))
+    recipe = Path(__file__).resolve().parent.parent / "configs" / "finetune_retrieval.yaml"
+    arguments = [
+        *tiny.stage1(tmp_path / "run"), str(recipe), "data.validation=[]", "encoder.image_size=48", "optim.warmup_steps=0",
+        "train.max_steps=1", "train.global_batch_size=8", "train.micro_batch_size=8", "train.mixed_precision=no",
+        f"stage1.init_from={tmp_path / 's1' / 'adapter'}",
+    ]  # fmt: skip
+    run_stage(1, arguments)
+    before, after = (qformer.load(tmp_path / name, "cpu").model for name in ("s1", "run"))
+    moved = dict(after.encoder.named_parameters())
+    same = [name for name, weight in before.encoder.named_parameters() if torch.equal(weight, moved[name])]
+    assert len(same) < len(moved) / 2
+    assert not torch.equal(before.adapter.qformer.query_tokens, after.adapter.qformer.query_tokens)
+    with pytest.raises(SystemExit):
+        run_stage(1, [*arguments, "tune.encoder=no", "train.gradient_checkpointing=[]"])
+    assert "encoder.image_size=None, this config has encoder.image_size=48" in capsys.readouterr().err
+
+
 def test_quantisation_is_told_to_transformers(tiny, monkeypatch):
     """No GPU is needed to see what would be asked for: 4 bits, on this process's own device."""
     asked = {}

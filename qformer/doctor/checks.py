@@ -187,7 +187,7 @@ def check_beginning(case: Case) -> Verdict:
     stage1 = config.stage == "stage1"
     init_from = config.stage1.init_from if stage1 else config.stage2.init_from
     if init_from is not None:
-        require_same_parts(config, Path(init_from), ("encoder",))
+        require_same_parts(config, Path(init_from), ("encoder",), start=True)
         tensors = read_adapter(Path(init_from))
         with warnings.catch_warnings():  # that there is nothing to copy to
             warnings.simplefilter("ignore")
