@@ -7,6 +7,7 @@ python stages/evaluate.py runs/s2/adapter coco.jsonl --task coco_caption       #
 python stages/evaluate.py runs/s2/adapter test.jsonl --submit vqa.json          # for a server
 python stages/evaluate.py --predictions vqa.json questions.jsonl                # without a model
 accelerate launch stages/evaluate.py runs/s2/adapter questions.jsonl --answers out.jsonl  # resumes
+accelerate launch stages/evaluate.py runs/s1/adapter coco.jsonl --task retrieval_coco --answers search # a folder
 """
 
 import argparse
@@ -30,7 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--predictions", type=Path, help="score these outputs instead of asking a model")
     parser.add_argument("--root", help="folder that relative image paths start from; default: the record file's own")
     parser.add_argument("--limit", type=int, help="only the first so many records")
-    parser.add_argument("--answers", type=Path, help="file that grows with every batch; with it a stopped run goes on")
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        help="file that grows with every batch (retrieval: a folder); with it a stopped run goes on",
+    )
     parser.add_argument("--json", type=Path, dest="json_file", help="write scores and every answer to this file")
     parser.add_argument("--submit", type=Path, help="write the answers as official servers take them")
     parser.add_argument("--batch-size", type=int, default=64, help="records of a rank at a time (64)")

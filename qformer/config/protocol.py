@@ -29,6 +29,9 @@ class Protocol:
     max_new_tokens: int | None = described(None, "tokens of the longest output", at_least=1)
     min_new_tokens: int | None = described(None, "tokens of the shortest output", at_least=0)
     length_penalty: float | None = described(None, "beam scores are divided by length to this power")
+    candidates: int | None = described(
+        None, "retrieval: how many the similarity leaves to the matching head, each way; null = 128", at_least=1
+    )
     reported: str | None = described(None, "what was published under this protocol, and where")
 
 

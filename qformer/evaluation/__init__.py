@@ -3,9 +3,9 @@
 Nothing here imports torch but `running.py`, so that files of predictions are scored without it.
 """
 
-from qformer.evaluation import vqa
+from qformer.evaluation import retrieval, vqa
 from qformer.evaluation.task import Scores, Task
 
-TASKS: dict[str, Task] = {"vqa": vqa.TASK}
+TASKS: dict[str, Task] = {"vqa": vqa.TASK, "retrieval": retrieval.TASK}
 
 __all__ = ["TASKS", "Scores", "Task"]

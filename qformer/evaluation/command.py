@@ -15,7 +15,7 @@ from qformer.data import Record, read_records
 from qformer.evaluation import TASKS, Scores, Task
 from qformer.evaluation.choosing import Chosen, choose, lack_of_use
 from qformer.evaluation.outputs import OutputFile, read_predictions, write_submission
-from qformer.evaluation.task import GENERATION
+from qformer.evaluation.task import OPTIONS
 from qformer.files import atomic_file
 
 
@@ -43,7 +43,7 @@ def evaluate(
         raise ValueError("--batch-size and --limit must be at least 1, and --workers at least 0")
     generation = _generation(kind, protocol)
     adapter, sources = _split(paths, predictions)
-    _require_writable(answers, json_file, submit)
+    _require_writable(None if kind.search else answers, json_file, submit)  # a search keeps a folder
     records = read_records(sources, root=root, key="RECORDS")
     chosen = choose(kind, records, mode=mode, split=protocol.split, limit=limit)
     texts = chosen.texts
@@ -53,8 +53,6 @@ def evaluate(
     if predictions:
         outputs = read_predictions(predictions, kind, texts, partly=limit is not None)
     else:
-        from qformer.evaluation.running import compute_outputs  # only now what imports torch
-
         made_of: dict[str, Any] = {
             "task": protocol.task,
             "mode": mode,
@@ -63,10 +61,14 @@ def evaluate(
         }
         made_of |= {key: generation.get(key) for key in kind.options}
         made_of["records"] = [os.path.abspath(s) if os.path.exists(s) else s for s in sources]
-        results = compute_outputs(
-            adapter, kind, chosen, mode=mode, batch_size=batch_size, workers=workers, device=device,
-            file=OutputFile(answers, kind, texts, made_of) if answers else None, generation=generation,
-        )  # fmt: skip
+        run: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": device}
+        if kind.search is not None:
+            results = kind.search(adapter, chosen, rule=rule, folder=answers, made_of=made_of, **run, **generation)
+        else:
+            from qformer.evaluation.running import compute_outputs  # only now what imports torch
+
+            file = OutputFile(answers, kind, texts, made_of) if answers else None
+            results = compute_outputs(adapter, kind, chosen, mode=mode, file=file, generation=generation, **run)
         if results is None:
             return  # not the first rank
         outputs, broken = results
@@ -90,7 +92,7 @@ def evaluate(
 
 def _generation(task: Task, protocol: Protocol) -> dict[str, Any]:
     """What the protocol says of how the model is asked, of what it says anything; the task must read it."""
-    values = {key: value for key in GENERATION if (value := getattr(protocol, key)) is not None}
+    values = {key: value for key in OPTIONS if (value := getattr(protocol, key)) is not None}
     for key in values:
         if key not in task.options:
             raise ValueError(f"{key}: task {protocol.task} does not read it; leave it out")
@@ -138,14 +140,25 @@ def _score(task: Task, texts: Sequence[Record], outputs: Sequence[Any], rule: st
     return task.score([record for record, _ in rows], [output for _, output in rows], rule) if rows else None
 
 
+def _flat(values: dict[str, Any]) -> dict[str, float]:
+    """Values by name, those by list size as NAME@SIZE."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        flat |= {f"{name}@{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def _report(task: Task, chosen: Chosen, scores: Scores | None, *, broken: list[str], source: str) -> None:
     texts = chosen.texts
     if scores:
-        width = max(7, *map(len, [*scores.groups, *scores.values, *scores.absent]))
+        values = _flat(scores.values)
+        width = max(7, *map(len, [*scores.groups, *values, *scores.absent]))
         for name, (value, n) in scores.groups.items():
             print(f"{name:<{width}}  {value:{scores.form}}  ({n} {task.noun})")
-        how = f"{scores.n} {task.noun}, {scores.unit}, {task.rule_field} {scores.rule}, {source}"
-        for name, value in scores.values.items():
+        counts = scores.n if isinstance(scores.n, dict) else {task.noun: scores.n}
+        counted = ", ".join(f"{count} {noun}" for noun, count in counts.items())
+        how = f"{counted}, {scores.unit}, {task.rule_field} {scores.rule}, {source}"
+        for name, value in values.items():
             print(f"{name:<{width}}  {value:{scores.form}}  ({how})")
         for name, reason in scores.absent.items():
             print(f"{name:<{width}}  {'-':>{len(format(0, scores.form))}}  ({reason})")

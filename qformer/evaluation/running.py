@@ -75,7 +75,7 @@ def compute_outputs(
             file.begin(state.process_index)
         batches = None
         if mode == WITH_IMAGE:
-            batches = _with_images(chosen, mine, model.transform, batch_size=batch_size, workers=workers)
+            batches = image_batches(chosen, mine, model.transform, batch_size=batch_size, workers=workers)
         total = -(-len(mine) // batch_size)
         hidden = not (state.is_main_process and sys.stderr.isatty())
         for batch in track(batches or _without(mine, batch_size), "answering", total, disable=hidden):
@@ -83,6 +83,7 @@ def compute_outputs(
             asked = [i for i, image in batch if not isinstance(image, str)]
             broken |= {i: image for i, image in batch if isinstance(image, str)}
             if asked:
+                assert task.ask is not None, "a task without `search` asks"
                 answered = task.ask(model, [texts[i] for i in asked], images, mode, **generation)
                 fresh = dict(zip(asked, answered, strict=True))
                 outputs |= fresh
@@ -98,7 +99,7 @@ def compute_outputs(
     return [outputs.get(i) for i in range(len(texts))], [broken[i] for i in sorted(broken)]
 
 
-def _with_images(
+def image_batches(
     records: Chosen, indices: Sequence[int], transform: ImageTransform | None, *, batch_size: int, workers: int
 ) -> DataLoader:
     """Batches of (index, image); a worker reads no further than one batch ahead."""

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 WITH_IMAGE = "image"  # the mode in which images are read
 GENERATION = ("prompt", "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty")  # keys of a protocol
+OPTIONS = (*GENERATION, "candidates")  # the keys that a task may read or not
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Scores:
     """The numbers of a task over `n` records.
 
     Args:
-        values: by the names that the metric's official tool gives them.
+        values: by the names that the metric's official tool gives them; by list size below them in retrieval.
+        n: how many records were scored, or how many of each kind.
         rule: the rule or tokenizer by which they were computed: without it a number says little.
         unit: what the values are, for the printed line.
         groups: the first value over the records of one kind, and how many there are.
@@ -27,12 +29,12 @@ class Scores:
         form: how values are printed.
     """
 
-    values: dict[str, float]
-    n: int
+    values: dict[str, Any]
+    n: int | dict[str, int]
     rule: str
     unit: str
     groups: dict[str, tuple[float, int]] = field(default_factory=dict)
-    others: dict[str, float] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     each: Sequence[dict[str, float]] = ()
     absent: dict[str, str] = field(default_factory=dict)
@@ -51,10 +53,12 @@ class Task:
         lacks: what a record lacks to be asked in a mode, in words; None = nothing.
         has_reference: whether an output for the record can be scored.
         ask: the outputs of a `VisionLanguageModel` for records in a mode; images are as `VisionLanguageModel.read`
-            returns them, one a record, None in modes without; keywords go to `generate`.
+            returns them, one a record, None in modes without; keywords go to `generate`. None where there is a `search`.
+        search: the outputs of an adapter for all records at once, where each depends on all; it returns what
+            `compute_outputs` does, and keeps in a folder what a stopped one goes on from.
         score: outputs of records that all have references, by a rule.
         describe: what a result shows beside its id and output.
-        options: keys of a protocol that the task reads, beside those that all do; they go to `ask`.
+        options: keys of a protocol that the task reads, beside those that all do; they go to `ask` or `search`.
         noun: what is counted, in the plural.
         rule_field: what a rule is: "rule" or "tokenizer".
         by_image: records of one image are asked as one, which has the captions of all.
@@ -66,9 +70,10 @@ class Task:
     rules: tuple[str, ...]
     lacks: "Callable[[Record, str], str | None]"
     has_reference: "Callable[[Record], bool]"
-    ask: Callable[..., list[Any]]  # (model, records, images, mode, **generation)
     score: "Callable[[Sequence[Record], Sequence[Any], str], Scores]"
     describe: "Callable[[Record], dict[str, Any]]"
+    ask: Callable[..., list[Any]] | None = None  # (model, records, images, mode, **generation)
+    search: Callable[..., tuple[list[Any], list[str]] | None] | None = None  # (adapter, chosen, rule=, folder=, ...)
     options: tuple[str, ...] = GENERATION
     noun: str = "questions"
     rule_field: str = "rule"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LOW = 2**31 - 1  # the 31 low bits of an integer
+
 
 @dataclass(frozen=True)
 class RetrievalScore:
@@ -73,3 +75,30 @@ def recall_at_k(
 
 def _recall(rank: Tensor, ks: Sequence[int]) -> dict[int, float]:
     return {k: 100 * int((rank < k).sum()) / len(rank) for k in ks}
+
+
+def order_keys(scores: Tensor, right: Tensor, index: Tensor) -> Tensor:
+    """One integer a candidate whose order is that of a list: the highest score first; of equal scores a wrong one, as in
+    `recall_at_k`, then the smaller number. No two are equal, so `topk` is the same however candidates come together.
+
+    Args:
+        scores: float[..., n] without NaN, right: bool[..., n], index: int[..., n] below 2**31; broadcast together.
+
+    Returns: int64[..., n]; `read_keys` is the inverse.
+
+    Raises: ValueError when a score is NaN.
+    """
+    if scores.isnan().any():
+        raise ValueError(
+            "a score is NaN: expected numbers; check the adapter, or encoder.dtype (bfloat16 is the wider one)"
+        )
+    bits = (scores.float() + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ascending = bits ^ ((bits >> 31) & _LOW)
+    return (ascending.long() << 32) | ((~right).long() << 31) | (_LOW - index)
+
+
+def read_keys(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores float32, right bool and index int64 of `order_keys`."""
+    ascending = (keys >> 32).int()
+    scores = (ascending ^ ((ascending >> 31) & _LOW)).view(torch.float32)
+    return scores, (keys >> 31) & 1 == 0, _LOW - (keys & _LOW)
