@@ -20,7 +20,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-FIELDS = ("image", "caption", "question", "answers", "image_id", "question_id", "question_type", "answer_type", "split")
+FIELDS = (
+    "image", "caption", "question", "answers", "choices", "image_id", "question_id", "question_type", "answer_type",
+    "split",
+)  # fmt: skip
 LIST_AS_TEXT = re.compile(r'\[\s*"')  # `datasets` turns a list that follows megabytes of strings into its JSON text
 
 
@@ -49,6 +52,7 @@ class Record:
         answer_type: of VQA v2: yes/no, number or other.
         split: as the source names it.
         number_id: the source has `image_id` as a number, as COCO does.
+        choices: of a question with several to choose from, in their order; `answers` is then the text of the right one.
     """
 
     image: str
@@ -63,6 +67,7 @@ class Record:
     answer_type: str | None = None
     split: str | None = None
     number_id: bool = False
+    choices: tuple[str, ...] = ()
 
     def require_sound(self) -> None:
         """Raise BrokenRecord when the source could not give this record."""
@@ -178,6 +183,7 @@ def build_record(identity: Identity, fields: Mapping[str, Any]) -> Record:
     try:
         captions = tuple(text for text in texts_of("caption", fields.get("caption")) if text)
         answers = texts_of("answers", fields.get("answers"))  # an empty one counts
+        choices = texts_of("choices", fields.get("choices"))
     except ValueError as error:
         return Record(identity.name, identity.image_id, problem=str(error))
     return Record(
@@ -192,6 +198,7 @@ def build_record(identity: Identity, fields: Mapping[str, Any]) -> Record:
         answer_type=_string(fields.get("answer_type")),
         split=_string(fields.get("split")),
         number_id=isinstance(fields.get("image_id"), int),
+        choices=choices,
     )
 
 

@@ -108,7 +108,14 @@ def open_file(path: str, split: str | None, root: str | None, *, base: str, key:
     """
     if not os.path.isfile(path):
         raise ValueError(f"{key}: there is no record file {path!r}")
-    rows = _read_file(path, READERS[os.path.splitext(path)[1]], key)
+    return open_table(path, _read_file(path, READERS[os.path.splitext(path)[1]], key), split, root, base=base, key=key)
+
+
+def open_table(path: str, rows: datasets.Dataset, split: str | None, root: str | None, *, base: str, key: str) -> Rows:
+    """Open what was read of a file; `split` keeps only the records that say so.
+
+    Raises: ValueError as `read_records` does.
+    """
     folder = root if root is not None else os.path.dirname(path)
     table = _checked(path, rows, folder, confined=root is not None, base=base, key=key)
     return replace(table, rows=_choose_split(table.rows, path, split, key))
@@ -262,7 +269,7 @@ def choose_fields(rows: datasets.Dataset, source: str) -> datasets.Dataset:
             logger.warning("%s has no field %r and its field %r is not read", source, name, near[0])
 
     expected = {"image": "a path or a picture", "caption": "a string or a list of strings", "question": "a string"}
-    expected |= {"answers": "a list of strings, or of objects with 'answer'"}
+    expected |= {"answers": "a list of strings, or of objects with 'answer'", "choices": "a list of strings"}
     for name in [name for name in FIELDS if name in features]:
         if not _fits(name, features[name]):
             what = expected.get(name, "a string or a number")
@@ -285,7 +292,7 @@ def _fits(name: str, kind: Any) -> bool:
         return is_text(kind) or is_bytes or is_struct or isinstance(kind, datasets.Image)
     if name == "question":
         return is_text(kind)
-    if name in ("caption", "answers"):
+    if name in ("caption", "answers", "choices"):
         is_mixed = isinstance(kind, datasets.Json)  # strings in one record and lists in another: see `texts_of`
         is_official = name == "answers" and isinstance(kind, datasets.List) and _has_answer(kind.feature)
         return is_text(kind) or is_texts or is_mixed or is_official

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from qformer.data.addresses import is_address
 from qformer.data.folders import open_folder
+from qformer.data.known.table import find_answers, published_format, published_rows
 from qformer.data.records import Records, Table
-from qformer.data.rows import READERS, open_file, open_hub, open_saved
+from qformer.data.rows import READERS, open_file, open_hub, open_saved, open_table
 from qformer.data.tars import open_tars
 
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` of `datasets` leaves
@@ -25,7 +26,8 @@ def read_records(
     ones map it into memory.
 
     Args:
-        sources: .jsonl, .json or .parquet files; folders of images, or saved by `datasets`; WebDataset tars, here or at an address
+        sources: .jsonl, .json or .parquet files; files as COCO, Karpathy, VQA and others publish them (docs/data.md),
+            VQA's questions and annotations both; folders of images, or saved by `datasets`; WebDataset tars, here or at an address
             of fsspec (with {000..099}, {a,b}, * and ? in the name); ids of hub data sets. "SOURCE:NAME" keeps only
             the records whose `split` is NAME (a file) or reads that split (a hub data set, otherwise its "train").
         root: the folder that relative pictures of record files start from; by default the folder of the record file.
@@ -40,7 +42,14 @@ def read_records(
     if not sources:
         raise ValueError(f"{key}: expected at least one record file or hub data set, got none")
     base = common_folder([*sources, *beside], root)
-    return Records([_open(source, root, base, key) for source in sources])
+    places = [_split_source(os.path.expanduser(source)) for source in sources]
+    formats = [published_format(path) for path, _ in places]
+    answers = find_answers([path for path, _ in places], formats, key)
+    return Records([
+        open_table(path, published_rows(path, name, answers), split, root, base=base, key=key)
+        if name else _open(source, root, base, key)
+        for source, (path, split), name in zip(sources, places, formats, strict=True) if path not in answers
+    ])  # fmt: skip
 
 
 def common_folder(sources: Sequence[str], root: str | None = None) -> str:

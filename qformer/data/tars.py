@@ -40,7 +40,7 @@ PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 SAY_EVERY_S = 30.0
 # What a .json may say, and of which type; the rest of it is not read.
-TEXTS, IDS = ("caption", "answers"), ("image_id", "question_id", "question_type", "answer_type")
+TEXTS, IDS = ("caption", "answers", "choices"), ("image_id", "question_id", "question_type", "answer_type")
 BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 TRIED = 8  # records that are looked at when tars are opened
