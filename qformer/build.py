@@ -28,6 +28,7 @@ from qformer.data import (
     Manifest,
     RecordDataset,
     Records,
+    Wording,
     differences,
     read_records,
 )
@@ -159,7 +160,7 @@ def build_stage2(config: Stage2Part) -> Stage2:
     with torch.no_grad():
         adapter.language_projection.weight.mul_(stage2.prompt_scale)
     model = Stage2(
-        encoder, adapter, llm, prompt=config.llm.prompt, max_target_tokens=config.llm.max_target_tokens,
+        encoder, adapter, llm, prompt=config.llm.prompt, vqa_prompt=config.llm.vqa_prompt, max_target_tokens=config.llm.max_target_tokens,
         sample_max_new_tokens=config.llm.caption_max_new_tokens, tokenizer=tokenizer,
     )  # fmt: skip
     add_trainable(model, config)
@@ -214,9 +215,14 @@ def read_split(config: DataConfig, split: str, sources: list[str] | None = None)
 
 
 def build_dataset(
-    config: DataConfig, encoder: FrozenEncoder, split: str, seed: int, *, sources: list[str] | None = None
+    config: DataConfig, encoder: FrozenEncoder, split: str, seed: int, *, sources: list[str] | None = None,
+    vqa_prompt: str = "{}",
 ) -> RecordDataset:  # fmt: skip
-    """Captioned records of `data.train` or `data.validation`, with the encoder's own input transform.
+    """The records of `data.train` or `data.validation` in words, with the encoder's own input transform.
+
+    Args:
+        sources: other records in their place.
+        vqa_prompt: of questions without a template, {} in their place: `Stage.vqa_prompt`.
 
     Raises: ValueError when records cannot be read, or `data.features` was written without them.
     """
@@ -224,14 +230,22 @@ def build_dataset(
     features = FeatureCache(config.features) if config.features else None
     if features is not None:
         _require_covered(records, features, split)
+    wordings = config.wordings() if split == "train" else [(config.text, config.templates)] * len(records.sizes)
     return RecordDataset(
         records,
         build_transform(encoder, config),
         seed=seed,
         augment=config.augment and split == "train",
-        text="caption",
-        cleaning=config.cleaning,
-        max_words=config.max_words,
+        text=[
+            Wording(
+                text,
+                tuple(templates or ([vqa_prompt] if text == "vqa" else [])),
+                config.answer,
+                config.cleaning,
+                max_words=config.max_words,
+            )
+            for text, templates in wordings
+        ],
         features=features,
         width=encoder.width if config.features is None else None,
     )

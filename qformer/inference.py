@@ -18,7 +18,7 @@ from qformer.data import Record, clean_question, load_features, load_image
 from qformer.encoders import Features
 from qformer.messages import one_line
 from qformer.models import Stage, Stage1, Stage2
-from qformer.text import PROMPTS, continue_prompt
+from qformer.text import continue_prompt
 
 Picture = Image.Image | str | Path | Tensor
 Images = Picture | Sequence[Picture] | Features
@@ -222,10 +222,7 @@ class VisionLanguageModel:
     @property
     def vqa_prompt(self) -> str:
         """The prompt of a question, with {} in its place: `llm.vqa_prompt`, BLIP-2's for this kind of model, or in a chat {}."""
-        model, llm = self._stage2("vqa_prompt")
-        if model.llm.chat is not None:
-            return llm.vqa_prompt or "{}"
-        return llm.vqa_prompt or PROMPTS["vqa_encoder_decoder" if model.llm.is_encoder_decoder else "vqa_decoder_only"]
+        return self._stage2("vqa_prompt")[0].vqa_prompt
 
     def read(self, picture: Picture | Record) -> Tensor:
         """An image as the encoder wants it, float[3, S, S]; with precomputed features float[N, Dv].

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from qformer.card import model_card
 from qformer.checkpoint import changed_keys, load_checkpoint, require_same_parts, save_adapter, save_checkpoint
 from qformer.config import Stage1Config, Stage2Config, only_model, to_yaml
-from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed, training_loader
+from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed, shares, training_loader
 from qformer.data.records import distinct_captions
 from qformer.distributed import sum_over_ranks
 from qformer.launch import stop_signals
@@ -99,7 +99,7 @@ class _Run:
             self.adapter, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay, eps=1e-8
         )
         if accelerator.is_main_process and resume_from is None:
-            _describe_data(train, options.global_batch_size)
+            _describe_data(train, options.global_batch_size, self.shares())
         self.progress, scaler_state = _restore(resume_from, self.adapter, self.optimizer, train=train, config=config)
         self.first, self.saved_step = dataclasses.replace(self.progress), self.progress.step
         self.wrapped, self.stepper = accelerator.prepare(self.adapter, self.optimizer)
@@ -123,9 +123,7 @@ class _Run:
     def loop(self) -> bool:
         """Steps until the last one, or until told to stop; see `fit`."""
         options, progress = self.config.train, self.progress
-        order = build_order(
-            self.train.sizes, options.seed, self.config.data.weights, self.config.data.shuffle_block_records
-        )
+        order = build_order(self.train.sizes, options.seed, self.shares(), self.config.data.shuffle_block_records)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         batches = GlobalBatches(order, world, rank, options.micro_batch_size, first=progress.samples)
         loader = iter(training_loader(self.train, batches, self.config.data.workers))
@@ -185,6 +183,11 @@ class _Run:
             return False
         self.leave_adapter()
         return True
+
+    def shares(self) -> list[float]:
+        """How often each source is drawn; empty = every record once an epoch."""
+        data = self.config.data
+        return shares(self.train.sizes, [source.weight for source in data.sources] or data.weights, data.size_exponent)
 
     def read(self, loader: Any) -> list[Prepared]:
         """This rank's micro-batches of one step."""
@@ -359,10 +362,13 @@ def _accumulation(global_batch: int, micro: int, world: int) -> int:
     return global_batch // (micro * world)
 
 
-def _describe_data(train: RecordDataset, global_batch: int) -> None:
-    """Log how many captions of a sample differ, and warn of what contrast and matching cannot learn much from."""
+def _describe_data(train: RecordDataset, global_batch: int, weights: list[float]) -> None:
+    """Log the shares of the sources and how many captions differ; warn of what contrast and matching learn little from."""
     records = train.records
     logger.info("%d records; %d of %d captions looked up are distinct", len(records), *distinct_captions(records))
+    if weights:
+        drawn = (f"{weight / sum(weights):.1%} of {n} records" for weight, n in zip(weights, train.sizes, strict=True))
+        logger.info("drawn by weight, source by source: %s", ", ".join(drawn))
     if len(records) < global_batch:
         logger.warning(
             "data.train has %d records, fewer than train.global_batch_size=%d: a step meets some of them more than once, "

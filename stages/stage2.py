@@ -22,8 +22,11 @@ def main(argv: list[str] | None = None) -> None:
         configure_logging(accelerator.is_main_process)
 
         model = build_stage2(config)  # frozen encoder and LLM; trainable: feature norm, Q-Former, projection
-        train = build_dataset(config.data, model.encoder, "train", config.train.seed)
-        validation = build_dataset(config.data, model.encoder, "validation", 0) if config.data.validation else None
+        data, question = config.data, model.vqa_prompt
+        train = build_dataset(data, model.encoder, "train", config.train.seed, vqa_prompt=question)
+        validation = None
+        if data.validation:
+            validation = build_dataset(data, model.encoder, "validation", 0, vqa_prompt=question)
 
         fit(model, train, validation, config=config, accelerator=accelerator)  # leaves run.dir/adapter
 

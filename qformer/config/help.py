@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import shutil
 import textwrap
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import MISSING
 
@@ -15,7 +15,7 @@ EXAMPLES = {
     "train.max_steps": "250000", "train.resume": "auto", "train.global_batch_size": "1680",
     "train.micro_batch_size": "105", "train.gradient_checkpointing": "[qformer,encoder]",
     "data.train": "[coco.jsonl]", "data.weights": "[3,1]", "data.validation": "[coco_val.jsonl]", "data.root": "/data/coco",
-    "data.features": "cache/coco_eva_g",
+    "data.features": "cache/coco_eva_g", "data.size_exponent": "0.5",
     "encoder.loader": "open_clip", "encoder.id": "EVA01-g-14", "encoder.pretrained": "laion400m_s11b_b41k",
     "encoder.image_size": "364", "encoder.width": "1408", "encoder.num_tokens": "257",
     "qformer.init_from": "bert-base-uncased",
@@ -48,13 +48,28 @@ def describe_schema(*roots: type, sections: tuple[str, ...] = ()) -> str:
 
 def _section(name: str, kind: Any) -> str:
     lines = textwrap.wrap(f"{name}: {kind.__doc__[0].lower()}{kind.__doc__[1:]}", WIDTH)
-    for key in dataclasses.fields(kind):
-        full = f"{name}.{key.name}"
+    for key, full in _keys(name, kind):
         lines += textwrap.wrap(
             f"{_values(full, key)}: {key.metadata['help']}", WIDTH, initial_indent=f"  {full:<36} ",
             subsequent_indent=" " * 41, break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def _keys(name: str, kind: Any) -> list[tuple[dataclasses.Field, str]]:
+    """Every key with its full name; those of a list's entries after the list, as `data.sources[].records`."""
+    keys = []
+    for key in dataclasses.fields(kind):
+        keys.append((key, f"{name}.{key.name}"))
+        if entry := entry_kind(key):
+            keys += _keys(f"{name}.{key.name}[]", entry)
+    return keys
+
+
+def entry_kind(key: dataclasses.Field) -> Any:
+    """The dataclass of a key's entries; None where it is no list of sections."""
+    entries = [kind for kind in get_args(key.type) if dataclasses.is_dataclass(kind)]
+    return entries[0] if entries else None
 
 
 def _values(name: str, key: dataclasses.Field) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from qformer.config.help import describe_schema
+from qformer.config.help import describe_schema, entry_kind
 from qformer.config.packaged import config_names, find_config, locate_weights, portable
 from qformer.config.schema import ModelPart, RunPart
 from qformer.messages import nearest, print_error
@@ -46,8 +46,9 @@ def load_config(root: type[Part], arguments: list[str], needed: tuple[str, ...] 
         missing = sorted(OmegaConf.missing_keys(merged))
     except InterpolationResolutionError as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    missing = [key for key in missing if needed is None or key.partition(".")[0] in needed]
+    missing = [re.sub(r"\[\d+\]", "", key) for key in missing if needed is None or key.partition(".")[0] in needed]
     if missing:
+        missing = list(dict.fromkeys(missing))
         described = "; ".join(f"{key} ({_field(root, key).metadata['help']})" for key in missing)
         raise ConfigError(f"missing value{'s' * (len(missing) > 1)}: {described}. Set in a YAML file or as key=value")
     return _to_dataclass(root, merged, needed)
@@ -201,14 +202,30 @@ def _merge(merged: Any, fragment: Any, source: str, root: type) -> Any:
         if key not in known and not any(k.startswith(key + ".") for k in known):
             raise ConfigError(f"unknown key {key} in {source}; {nearest(key, known)}")
     try:
-        return OmegaConf.merge(merged, _lists(fragment, root))
+        return OmegaConf.merge(merged, _lists(_name_sources(fragment), root))
     except OmegaConfBaseException as error:
-        key = next(
-            (k for k in known if (error.full_key or "").startswith(k)), error.full_key or source.partition("=")[0]
-        )
+        place = error.full_key or source.partition("=")[0]
+        key = next((k for k in known if place.startswith(k) or (k.count(".") > 1 and k.endswith(f".{place}"))), place)
+        section, name, *below = key.split(".") if "." in key else (key, None)
+        value = fragment.get(section) if name is None else fragment[section][name]
+        if below:  # of one of a list's entries
+            value = [entry[below[0]] for entry in value if below[0] in entry]
         kind = _field(root, key).type if "." in key and key in known else "a section of keys"
         wanted = str(getattr(kind, "__name__", kind)) if not str(kind).startswith("list") else f"{kind}, written [a, b]"
-        raise ConfigError(f"{key}: {OmegaConf.select(fragment, key)!r} in {source} is not {wanted}") from None
+        raise ConfigError(f"{key}: {value!r} in {source} is not {wanted}") from None
+
+
+def _name_sources(fragment: Any) -> Any:
+    """The fragment with `data.train` as its `data.sources` name it, so that records are always named there."""
+    data = fragment.get("data")
+    sources = data.get("sources") if OmegaConf.is_dict(data) else None
+    if OmegaConf.is_list(sources) and sources and "train" not in data:
+        if not all(OmegaConf.is_dict(source) and source.get("records") for source in sources):
+            raise ConfigError("data.sources: each entry must name its records: [{records: a.jsonl, text: vqa}]")
+        data["train"] = [source["records"] for source in sources]
+        for source in (s for s in sources if isinstance(s.get("templates"), str)):
+            source["templates"] = [source["templates"]]
+    return fragment
 
 
 def _lists(fragment: Any, root: type) -> Any:
@@ -241,6 +258,8 @@ def _moved(fragment: Any) -> Any:
 
 
 def _leaves(values: Any, prefix: str = "") -> list[str]:
+    if isinstance(values, list) and any(isinstance(entry, dict) for entry in values):
+        return [leaf for entry in values for leaf in _leaves(entry, prefix)]
     if not isinstance(values, dict):
         return [prefix]
     return [leaf for k, v in values.items() for leaf in _leaves(v, f"{prefix}.{k}" if prefix else str(k))]
@@ -252,12 +271,20 @@ def _sections(root: type) -> dict[str, Any]:
 
 
 def _known_keys(root: type) -> list[str]:
-    return [f"{name}.{key.name}" for name, section in _sections(root).items() for key in dataclasses.fields(section)]
+    """Every key; those of a list's entries stand after the list, as `data.sources.records`."""
+    keys = []
+    for name, section in _sections(root).items():
+        for field in dataclasses.fields(section):
+            inner = entry_kind(field)
+            below = [f"{field.name}.{key.name}" for key in dataclasses.fields(inner)] if inner else []
+            keys += [f"{name}.{key}" for key in (field.name, *below)]
+    return keys
 
 
 def _field(root: type, key: str) -> dataclasses.Field:
-    section, name = key.split(".")[:2]
-    return next(f for f in dataclasses.fields(_sections(root)[section]) if f.name == name)
+    section, name, *below = key.split(".")
+    field = next(f for f in dataclasses.fields(_sections(root)[section]) if f.name == name)
+    return next(f for f in dataclasses.fields(entry_kind(field)) if f.name == below[0]) if below else field
 
 
 def _to_dataclass(root: type[Part], merged: Any, needed: tuple[str, ...] | None = None) -> Part:
@@ -265,13 +292,8 @@ def _to_dataclass(root: type[Part], merged: Any, needed: tuple[str, ...] | None 
     sections = {}
     problems = []
     for name, kind in _sections(root).items():
-        fields = dataclasses.fields(kind)
-        values = {f.name: merged[name][f.name] for f in fields if not OmegaConf.is_missing(merged[name], f.name)}
-        values = {key: OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for key, v in values.items()}
-        for field in (f for f in fields if f.name in values):
-            values[field.name], problem = check_value(f"{name}.{field.name}", values[field.name], field)
-            problems += [problem] if problem else []
-        sections[name] = kind(**values)
+        sections[name], wrong = _section(name, kind, merged[name])
+        problems += wrong
     config = root(stage=merged.stage, **sections)
     if needed is None and not problems:
         problems = [message for wrong, message in config.problems() if wrong]
@@ -280,12 +302,28 @@ def _to_dataclass(root: type[Part], merged: Any, needed: tuple[str, ...] | None 
     return config
 
 
+def _section(name: str, kind: Any, merged: Any) -> tuple[Any, list[str]]:
+    """The dataclass of merged values, and what is wrong with them; those that are missing are left out."""
+    values, problems = {}, []
+    for field in (f for f in dataclasses.fields(kind) if not OmegaConf.is_missing(merged, f.name)):
+        key, value = f"{name}.{field.name}", merged[field.name]
+        if inner := entry_kind(field):
+            entries = [_section(key, inner, entry) for entry in value]
+            values[field.name] = [entry for entry, _ in entries]
+            problems += [problem for _, wrong in entries for problem in wrong]
+            continue
+        value = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
+        values[field.name], problem = check_value(key, value, field)
+        problems += [problem] if problem else []
+    return kind(**values), problems
+
+
 def check_value(key: str, value: Any, field: dataclasses.Field) -> tuple[Any, str | None]:
     """The value of a key, and what is wrong with it; a choice that YAML took for false becomes "no" again."""
     choices, least, above, most = (field.metadata.get(k) for k in ("choices", "at_least", "above", "at_most"))
     if value == "False" and choices and "no" in choices:
         value = "no"
-    if choices and value not in choices:
+    if choices and value not in choices and not (value is None and field.default is None):
         return value, f"{key}: {value!r} is not one of {', '.join(choices)}"
     if value is None or not isinstance(value, int | float):
         return value, None

@@ -1,21 +1,12 @@
 """The schema of every config: dataclasses, one a concern; every field carries its meaning and unit, which `--help` prints."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
-
-def _doc(
-    default: Any, text: str, choices: tuple[str, ...] = (), *, at_least: float | None = None,
-    above: float | None = None, at_most: float | None = None,
-) -> Any:  # fmt: skip
-    """A field with its meaning and unit, and the values that it may have (bounds do not concern null)."""
-    metadata = {"help": text, "choices": choices, "at_least": at_least, "above": above, "at_most": at_most}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
+from qformer.config.data import DataConfig, prompt_problem
+from qformer.config.fields import Problems
+from qformer.config.fields import described as _doc
 
 PRECISIONS = ("no", "bf16", "fp16")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -64,35 +55,6 @@ class OptimConfig:
     weight_decay: float = _doc(0.05, "AdamW weight decay; none on biases, norms and the temperature", at_least=0)
     betas: list[float] = _doc([0.9, 0.98], "AdamW betas")
     clip_norm: float = _doc(1.0, "largest gradient norm; larger ones are scaled down to it", above=0)
-
-
-@dataclass
-class DataConfig:
-    """The records, and how they are read."""
-
-    train: list[str] = _doc(MISSING, "record files, image folders, WebDataset tars or hub ids (docs/data.md)")
-    weights: list[float] = _doc([], "share of each of data.train in what is drawn; empty = every record once an epoch")
-    validation: list[str] = _doc([], "held-out records, same forms; empty = no validation")
-    root: str | None = _doc(None, "folder that relative image paths start from; null = the record file's own")
-    features: str | None = _doc(None, "feature cache (docs/feature_cache.md) in the encoder's place; null = none")
-    shuffle_block_records: int = _doc(
-        1, "neighbours that stay together and in order in training; 1 = shuffle all", at_least=1
-    )
-    workers: int = _doc(2, "processes that read and decode", at_least=0)
-    augment: bool = _doc(True, "random resized crop and flip of training images")
-    flip: bool = _doc(True, "data.augment mirrors every second image; false where captions say left and right")
-    crop_scale: list[float] = _doc([0.5, 1.0], "share of the image's area that a random crop keeps")
-    max_pixels: int | None = _doc(
-        None, "pixels of the largest image that is read, larger ones are broken records; null = PIL's bound, 89478485",
-        at_least=1,
-    )  # fmt: skip
-    cleaning: str = _doc(
-        "blip", "captions as BLIP-2 writes them: small letters, no points; or as they are", ("blip", "none")
-    )
-    max_words: int = _doc(50, "words of a caption that are kept", at_least=1)
-    max_dropped_fraction: float = _doc(
-        0.1, "share of broken records at which a run stops; they are replaced below it", at_least=0, at_most=1
-    )
 
 
 @dataclass
@@ -218,9 +180,6 @@ class Stage2Section:
     instructed: bool = _doc(False, "the prompt also enters the Q-Former, beside the queries, as in InstructBLIP")
 
 
-Problems = list[tuple[bool, str]]  # whether it is wrong, and what to say then
-
-
 class _Part:
     def problems(self) -> Problems:
         """What no single field can know: rules between keys, each with its message."""
@@ -237,8 +196,7 @@ class RunPart(_Part):
     data: DataConfig = field(default_factory=DataConfig)
 
     def problems(self) -> Problems:
-        train, optim, data = self.train, self.optim, self.data
-        crop, weights, n_sources = data.crop_scale, data.weights, len(data.train)
+        train, optim = self.train, self.optim
         return [
             *super().problems(),
             (train.global_batch_size % train.micro_batch_size > 0,
@@ -248,19 +206,8 @@ class RunPart(_Part):
              f"optim.warmup_steps: {optim.warmup_steps} is outside 0 to train.max_steps ({train.max_steps})"),
             (optim.min_lr > optim.lr, f"optim.min_lr: {optim.min_lr} is outside 0 to optim.lr ({optim.lr})"),
             (len(optim.betas) != 2, f"optim.betas: {optim.betas} must hold two numbers"),
-            (not data.train, "data.train: [] names no record file"),
-            (bool(weights) and (len(weights) != n_sources or min(weights) <= 0),
-             f"data.weights: {weights} must hold a number above 0 for each of data.train, or nothing"),
-            (len(crop) != 2 or not 0 < crop[0] <= crop[-1] <= 1,
-             f"data.crop_scale: {crop} must be [smallest, largest] with 0 < smallest <= largest <= 1"),
+            *self.data.problems(),
         ]  # fmt: skip
-
-
-def prompt_problem(prompt: str) -> str | None:
-    """What is wrong with a prompt of questions; "" is none."""
-    if not prompt or (prompt.count("{}") == 1 and not set(prompt.replace("{}", "")) & {"{", "}"}):
-        return None
-    return f"{prompt!r} must hold {{}} once, where the question goes, and no other brace, as 'Question: {{}} Answer:'"
 
 
 @dataclass
@@ -324,6 +271,8 @@ class Stage1Config(Stage1Part, RunPart):
         return [
             *super().problems(),
             (not self.qformer.tokenizer, "qformer.tokenizer: missing; stage 1 reads captions by it"),
+            (any(text != "caption" or templates for text, templates in self.data.wordings()),
+             "data.text, data.templates: stage 1 learns from captions alone; leave text=caption and no templates"),
             (stage1.itc + stage1.itm + stage1.itg <= 0, "stage1: one of itc, itm and itg must be above 0"),
             (itc is not None and self.tune.encoder != "no",
              f"tune.encoder={self.tune.encoder} with stage1.itc_batch_size: its two passes keep an encoder's features, which "

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qformer.data.captions import clean_caption, clean_question
+from qformer.data.captions import Wording, clean_caption, clean_question
 from qformer.data.records import BrokenRecord, Record, Records
 from qformer.data.sources import read_records
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qformer.data.cache import FeatureCache, Manifest, differences
     from qformer.data.caching import CacheWriter
     from qformer.data.loading import Batch, RecordDataset, Sample, collate, evaluation_loader, training_loader
-    from qformer.data.order import Draw, GlobalBatches, Mixture, Order, build_order, derive_seed
+    from qformer.data.order import Draw, GlobalBatches, Mixture, Order, build_order, derive_seed, shares
     from qformer.data.transforms import ImageTransform, load_features, load_image, to_rgb
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "RecordDataset",
     "Records",
     "Sample",
+    "Wording",
     "build_order",
     "clean_caption",
     "clean_question",
@@ -39,6 +40,7 @@ __all__ = [
     "load_features",
     "load_image",
     "read_records",
+    "shares",
     "to_rgb",
     "training_loader",
 ]

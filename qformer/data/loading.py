@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qformer.data.cache import FeatureCache
-from qformer.data.captions import MAX_WORDS, clean_caption, clean_question
+from qformer.data.captions import MAX_WORDS, Wording
 from qformer.data.order import Draw, GlobalBatches
 from qformer.data.records import BrokenRecord, Record, Records
 from qformer.data.transforms import ImageTransform, load_features, load_image
@@ -25,7 +25,6 @@ from qformer.data.transforms import ImageTransform, load_features, load_image
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 20
-CLEANERS = {"caption": clean_caption, "question": clean_question}
 # Streams of random numbers that must not meet: (seed, stream, epoch, position, ...)
 AUGMENTATION, REPLACEMENT = 1, 2
 
@@ -33,7 +32,8 @@ AUGMENTATION, REPLACEMENT = 1, 2
 class Sample(NamedTuple):
     """One record ready for a batch; `dropped` holds the reason of every broken record met on the way to it.
 
-    `image` is float[3, S, S], features are float[N, Dv]; None marks a broken record of an evaluation.
+    `image` is float[3, S, S], features are float[N, Dv]; None marks a broken record of an evaluation. `text` is what is to
+    be written, `prompt` what stands before it, None where the records say nothing of it.
     """
 
     image: Tensor | None
@@ -45,12 +45,13 @@ class Sample(NamedTuple):
     question_type: str | None = None
     captions: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    prompt: str | None = None
 
 
 class RecordDataset(Dataset[Sample]):
     """Records as samples: for training indexed by `Draw`, for evaluation (`in_order`) by plain int.
 
-    In training, the crop, the flip and the caption drawn are a function of (seed, epoch, position) only. A broken
+    In training, crop, flip, text and prompt are a function of (seed, epoch, position) only. A broken
     record is replaced by another whose index is a function of (seed, epoch, position, attempt), so a rank always gets
     as many samples as it asked for, and resuming is exact. In evaluation nothing is random: the first caption is the
     text, and a broken record is a sample without image. Each broken record is logged once a process.
@@ -58,13 +59,13 @@ class RecordDataset(Dataset[Sample]):
     Args:
         transform: None where the records name precomputed features.
         augment: random crop and flip; images in training only.
-        text: what becomes `Sample.text`, "caption" or "question"; a question needs answers in training.
-        cleaning, max_words: how the text is written, see `clean_caption` and `clean_question`.
+        text: what becomes `Sample.text`: `Wording.text`, written by `cleaning` and `max_words`; or a `Wording` for each
+            source of the records.
         features: a cache that stands in for the records' images; `augment` then draws one of its crops.
         width: of the feature files that records name; one of another width is a broken record. None = any.
 
     Raises:
-        ValueError: an unknown text, a negative seed; on access in training, if 20 attempts in a row met broken records.
+        ValueError: an unknown text, a negative seed, not one wording for each source; on access in training, if 20 attempts in a row met broken records.
     """
 
     def __init__(
@@ -74,15 +75,13 @@ class RecordDataset(Dataset[Sample]):
         *,
         seed: int,
         augment: bool,
-        text: str,
+        text: str | Sequence[Wording],
         cleaning: str = "blip",
         max_words: int = MAX_WORDS,
         in_order: bool = False,
         features: FeatureCache | None = None,
         width: int | None = None,
     ):
-        if text not in CLEANERS:
-            raise ValueError(f"text={text!r}: expected one of {', '.join(CLEANERS)}")
         if seed < 0:
             raise ValueError(f"seed={seed}: expected 0 or more")
         assert not (in_order and augment), "an evaluation is not augmented"
@@ -90,8 +89,10 @@ class RecordDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.augment = augment
-        self.text = text
-        self.cleaning, self.max_words = cleaning, max_words
+        named = [Wording(text, cleaning=cleaning, max_words=max_words)] if isinstance(text, str) else list(text)
+        self.wordings = named * len(self.sizes) if isinstance(text, str) else named
+        if len(self.wordings) != len(self.sizes):
+            raise ValueError(f"text: {len(named)} wordings for {len(self.sizes)} sources; expected one for each")
         self.width = width
         self.in_order = in_order
         self.features = features
@@ -110,12 +111,11 @@ class RecordDataset(Dataset[Sample]):
             assert not self.in_order, "a dataset in order is indexed by int"
             return self._draw(index)
         assert self.in_order, "a training dataset is indexed by Draw"
-        record = self.records[index]
         try:
-            return self._sample(record, None)
+            return self._sample(index, None)
         except BrokenRecord as broken:
             self._warn(broken)
-            return _describe(record, None, "", dropped=(str(broken),))
+            return _describe(self.records[index], None, "", dropped=(str(broken),))
 
     def _draw(self, draw: Draw) -> Sample:
         dropped: list[str] = []
@@ -123,7 +123,7 @@ class RecordDataset(Dataset[Sample]):
         while len(dropped) < MAX_ATTEMPTS:
             rng = np.random.default_rng([self.seed, AUGMENTATION, draw.epoch, draw.position])
             try:
-                return self._sample(self.records[index], rng)._replace(dropped=tuple(dropped))
+                return self._sample(index, rng)._replace(dropped=tuple(dropped))
             except BrokenRecord as broken:
                 self._warn(broken)
                 dropped.append(str(broken))
@@ -131,9 +131,11 @@ class RecordDataset(Dataset[Sample]):
             index = int(np.random.default_rng(entropy).integers(len(self.records)))
         raise ValueError(f"{MAX_ATTEMPTS} records in a row are broken, the last: {dropped[-1]}; check the data")
 
-    def _sample(self, record: Record, rng: np.random.Generator | None) -> Sample:
+    def _sample(self, index: int, rng: np.random.Generator | None) -> Sample:
+        record = self.records[index]
         record.require_sound()
-        text = self._choose_text(record, rng)
+        source = self.records.source_of(index) if isinstance(self.records, Records) else 0
+        prompt, text = self.wordings[source].choose(record, rng)
         draw = rng if self.augment else None
         if self.features is None:
             (image,) = load_input(record, self.transform, [draw], self.width)
@@ -144,17 +146,7 @@ class RecordDataset(Dataset[Sample]):
             )
             if not image.isfinite().all():
                 raise BrokenRecord(record.image, "its cached features have values that are NaN or infinite")
-        return _describe(record, image, text)
-
-    def _choose_text(self, record: Record, rng: np.random.Generator | None) -> str:
-        choices = record.captions if self.text == "caption" else (record.question or "",)
-        if rng is not None and self.text == "question" and not record.answers:
-            raise BrokenRecord(record.image, "the record has no answers")
-        text = choices[0 if rng is None else int(rng.integers(len(choices)))] if choices else ""
-        text = CLEANERS[self.text](text, self.max_words, self.cleaning)
-        if not text.strip():
-            raise BrokenRecord(record.image, f"the record has no {self.text}, or an empty one")
-        return text
+        return _describe(record, image, text, prompt=prompt)
 
     def _warn(self, broken: BrokenRecord) -> None:
         if broken.image not in self._warned:
@@ -183,7 +175,9 @@ def load_input(
     return [load_features(record.image, width)]
 
 
-def _describe(record: Record, image: Tensor | None, text: str, dropped: tuple[str, ...] = ()) -> Sample:
+def _describe(
+    record: Record, image: Tensor | None, text: str, *, prompt: str | None = None, dropped: tuple[str, ...] = ()
+) -> Sample:  # fmt: skip
     return Sample(
         image=image,
         text=text,
@@ -194,6 +188,7 @@ def _describe(record: Record, image: Tensor | None, text: str, dropped: tuple[st
         question_type=record.question_type,
         captions=record.captions,
         dropped=dropped,
+        prompt=prompt,
     )
 
 
@@ -205,6 +200,7 @@ class Batch:
         images: float[B, 3, S, S] for pictures, float[B, N, Dv] padded with zeros for features.
         image_mask: bool[B, N], True at features; None for pictures.
         dropped: one reason for each broken record met.
+        prompts: what stands before each text, None where the records say nothing of it; empty = None for all.
     """
 
     images: Tensor
@@ -217,6 +213,7 @@ class Batch:
     question_types: list[str | None]
     captions: list[tuple[str, ...]]
     dropped: list[str]
+    prompts: list[str | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -251,6 +248,7 @@ def collate(samples: list[Sample]) -> Batch:
         question_types=[sample.question_type for sample in kept],
         captions=[sample.captions for sample in kept],
         dropped=[reason for sample in samples for reason in sample.dropped],
+        prompts=[sample.prompt for sample in kept],
     )
 
 

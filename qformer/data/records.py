@@ -119,11 +119,15 @@ class Records:
         table, row = self._place(index)
         return table.read(row)
 
+    def source_of(self, index: int) -> int:
+        """The number of the source that a record is from."""
+        return int(np.searchsorted(self._ends, index + len(self) if index < 0 else index, side="right"))
+
     def _place(self, index: int) -> tuple[Table, int]:
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        number = int(np.searchsorted(self._ends, position, side="right"))
+        number = self.source_of(position)
         return self._tables[number], int(position - (self._ends[number - 1] if number else 0))
 
     def text(self, index: int) -> Record:

@@ -21,7 +21,7 @@ from torch import nn
 from qformer.build import build_dataset, build_encoder, build_tokenizer, read_split
 from qformer.card import stage_name
 from qformer.checkpoint import STATE, load_strictly, read_adapter, require_same_parts, run_bytes, transfer
-from qformer.data import RecordDataset, clean_caption
+from qformer.data import RecordDataset, Wording, clean_caption
 from qformer.doctor.report import FAILED, OK, WARNING, Finding
 from qformer.doctor.weights import Weights, existing, find_weights, parameter_bytes, resident_bytes
 from qformer.encoders import FrozenEncoder, encoder_weights, outline_encoder
@@ -220,12 +220,13 @@ def check_data(case: Case, split: str) -> Verdict:
     count = min(case.sample, len(records))
     indices = sorted({*range(min(8, count)), *(i * len(records) // count for i in range(count))})
     if split == "train":
-        case.captions = [caption for i in indices for caption in records[i].captions]
+        wordings = [Wording(text) for text, _ in config.data.wordings()]
+        case.captions = [text for i in indices for text in wordings[records.source_of(i)].texts(records[i])]
     if case.encoder is None:
         return WARNING, f"{len(records)} records; none was opened, because the encoder's input size is not known"
     made = build_dataset(config.data, case.encoder, split, config.train.seed)
     view = RecordDataset(
-        records, made.transform, seed=config.train.seed, augment=False, text="caption", in_order=True,
+        records, made.transform, seed=config.train.seed, augment=False, text=made.wordings, in_order=True,
         features=made.features,
     )  # fmt: skip
     start = time.perf_counter()
@@ -252,9 +253,14 @@ def check_data(case: Case, split: str) -> Verdict:
 def check_captions(case: Case) -> Verdict:
     """Lengths against the limits, and what share of the words the Q-Former's tokenizer does not know."""
     texts = [text for caption in case.captions if (text := clean_caption(caption))]
-    if not texts:
-        return FAILED, "none of the records read has a caption: expected a field 'caption'"
     config, remarks, worst = case.config, [], OK
+    kinds = dict.fromkeys(text for text, _ in config.data.wordings())
+    if not texts:
+        fields = {"caption": "'caption'", "vqa": "'answers'", "question": "'question'"}
+        return (
+            FAILED,
+            f"none of the records read has a {' or '.join(kinds)}: expected a field {' or '.join(map(fields.__getitem__, kinds))}",
+        )
     if config.stage == "stage1":
         ids = case.tokenizer(texts).input_ids
         limit, key, lengths = config.qformer.max_text_tokens, "qformer.max_text_tokens", [len(row) for row in ids]
@@ -280,7 +286,7 @@ def check_captions(case: Case) -> Verdict:
             "equal captions are no negatives of each other, so that contrast and matching learn from the rest"
         )
     shape = (
-        f"{len(texts)} captions of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.3g} on average, "
+        f"{len(texts)} {'captions' if list(kinds) == ['caption'] else 'texts'} of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.3g} on average, "
         f"{distinct} of them distinct"
     )
     return worst, "; ".join([shape, *(remarks or [f"{key}={limit} holds them"])])

@@ -48,7 +48,9 @@ class Trial:
         config, self.accelerator = case.config, case.accelerator
         self.config = config
         self.model = build_stage(config)
-        self.dataset: RecordDataset = build_dataset(config.data, self.model.encoder, "train", config.train.seed)
+        self.dataset: RecordDataset = build_dataset(
+            config.data, self.model.encoder, "train", config.train.seed, vqa_prompt=self.model.vqa_prompt
+        )
         self.model.use_training_kernels(self.accelerator.device, config.train.mixed_precision)
         self.model.to(self.accelerator.device)
         optimizer = build_optimizer(

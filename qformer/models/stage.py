@@ -49,6 +49,7 @@ class Stage(nn.Module, ABC, Generic[Text]):
     """
 
     name: str
+    vqa_prompt: str = "{}"  # of a question, {} in its place
     encoder: FrozenEncoder
     adapter: nn.Module
 

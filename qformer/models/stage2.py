@@ -15,7 +15,7 @@ from qformer.metrics.queries import mean_cosine
 from qformer.models.batch import TextTokens, split_prefix, tokenize
 from qformer.models.stage import Output, Prepared, Stage
 from qformer.qformer import QFormer
-from qformer.text import continue_prompt
+from qformer.text import PROMPTS, continue_prompt
 
 
 class PromptsAndTargets(NamedTuple):
@@ -79,7 +79,8 @@ class Stage2(Stage[PromptsAndTargets]):
     5. the frozen language model reads visual prompt, prompt and target, and predicts the target.
 
     Args:
-        prompt: text before every caption in training; not in the loss.
+        prompt: text before every caption in training that has none of its own; not in the loss.
+        vqa_prompt: of a question, {} in its place; "" = BLIP-2's for this kind of model, in a chat the question alone.
         max_target_tokens: tokens of a caption that the loss covers.
         sample_max_new_tokens: longest caption that validation shows.
         tokenizer: BERT tokenizer of an instructed Q-Former; None for any other.
@@ -91,12 +92,14 @@ class Stage2(Stage[PromptsAndTargets]):
 
     def __init__(
         self, encoder: FrozenEncoder, adapter: Stage2Adapter, llm: FrozenLanguageModel, *, prompt: str = "",
-        max_target_tokens: int = 32, sample_max_new_tokens: int = 30, tokenizer: Any = None,
+        vqa_prompt: str = "", max_target_tokens: int = 32, sample_max_new_tokens: int = 30, tokenizer: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.encoder, self.adapter, self.llm = encoder, adapter, llm
         self.prompt, self.max_target_tokens, self.tokenizer = prompt, max_target_tokens, tokenizer
         self.sample_max_new_tokens = sample_max_new_tokens
+        blip2 = PROMPTS["vqa_encoder_decoder" if llm.is_encoder_decoder else "vqa_decoder_only"]
+        self.vqa_prompt = vqa_prompt or ("{}" if llm.chat is not None else blip2)
 
     def frozen(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder, "llm": self.llm.model}
@@ -123,13 +126,18 @@ class Stage2(Stage[PromptsAndTargets]):
         return output
 
     def prepare(self, batch: Batch, seed: int) -> Prepared[PromptsAndTargets]:
-        """Choose prompts and targets: the caption after the prompt, or for an encoder-decoder its two parts."""
-        splits = self.llm.is_encoder_decoder and self.llm.chat is None  # in a chat the whole caption is the answer
-        pairs = [split_prefix(text, seed) if splits else ("", text) for text in batch.texts]
-        prompts = [continue_prompt(self.prompt, prefix) for prefix, _ in pairs]
-        targets = [target for _, target in pairs]
+        """Choose prompts and targets: a text after its own prompt, or after `prompt`, for an encoder-decoder in two parts."""
+        pairs = zip(batch.prompts or [None] * len(batch), batch.texts, strict=True)
+        prompts, targets = map(list, zip(*(self._split(prompt, text, seed) for prompt, text in pairs), strict=True))
         counted = self.llm.count_target_tokens(prompts, targets, max_target_tokens=self.max_target_tokens)
         return Prepared(batch, PromptsAndTargets(prompts, targets), counted, seed)
+
+    def _split(self, prompt: str | None, text: str, seed: int) -> tuple[str, str]:
+        if prompt is not None:
+            return prompt, text
+        splits = self.llm.is_encoder_decoder and self.llm.chat is None  # in a chat the whole caption is the answer
+        prefix, target = split_prefix(text, seed) if splits else ("", text)
+        return continue_prompt(self.prompt, prefix), target
 
     def forward(
         self, prepared: Prepared[PromptsAndTargets], targets_per_rank: Tensor, adapter: nn.Module | None = None
@@ -144,7 +152,7 @@ class Stage2(Stage[PromptsAndTargets]):
     def sample(self, prepared: Prepared[PromptsAndTargets], count: int = 4) -> list[dict[str, str]]:
         batch = prepared.batch
         mask = None if batch.image_mask is None else batch.image_mask[:count]
-        prompts = [self.prompt] * len(batch.images[:count])
+        prompts = [self.prompt if p is None else p for p in batch.prompts[:count] or [None] * len(batch.images[:count])]
         visual_prompt = self.visual_prompt(self.encoder(batch.images[:count], mask), prompts)
         with torch.autocast(visual_prompt.device.type, enabled=False):
             texts = self.llm.generate(
