@@ -173,6 +173,8 @@ def load_checkpoint(folder: Path, adapter: nn.Module, optimizer: torch.optim.Opt
     load_strictly(adapter, tensors, str(folder))
     fused = bool(optimizer.defaults.get("fused"))  # the fused kernel counts its steps on the device
     for name, parameter in adapter.named_parameters():
+        if not parameter.requires_grad:  # in no group of the optimizer, which may hold no state of it
+            continue
         optimizer.state[parameter] = {
             kind: moments[f"{kind}/{name}"].to(parameter.device if fused or kind != "step" else "cpu")
             for kind in ("step", "exp_avg", "exp_avg_sq")
