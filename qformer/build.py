@@ -122,7 +122,8 @@ def build_stage1(config: Stage1Part) -> Stage1:
         build_qformer(qformer, encoder.width, len(tokenizer)),
         encoder_width=encoder.width, contrastive_width=qformer.contrastive_width, dec_id=tokenizer.bos_token_id,
         label_smoothing=stage1.label_smoothing, temperature=stage1.temperature,
-        itc=stage1.itc, itm=stage1.itm, itg=stage1.itg, feature_norm_eps=qformer.feature_norm_eps,
+        itc=stage1.itc, itm=stage1.itm, itg=stage1.itg, diversity=stage1.diversity,
+        feature_norm_eps=qformer.feature_norm_eps,
     )  # fmt: skip
     model = Stage1(
         encoder, adapter, tokenizer, max_text_tokens=qformer.max_text_tokens, itc_batch_size=stage1.itc_batch_size

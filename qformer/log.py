@@ -30,6 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 TIMING_FIELDS = ("samples_per_s", "tokens_per_s", "seconds", "eta", "data_wait", "memory_bytes")
 # Relative to chance: a mean this close to it is "at chance"; one that fell by more than this over WINDOWS is falling.
 CHANCE_BAND, CHANCE_FALL, WINDOWS = 0.02, 0.005, 4
+COLLAPSED = 0.95  # mean cosine of the queries of an image from which on they are one
 # The parts of an adapter whose gradients are told apart, each with what the names of its parameters match; the first fits.
 PARTS = {
     "llm_lora": r"^llm_lora\.",
@@ -255,6 +256,29 @@ class ChanceWatch:
             "captions repeated over many images (equal texts cannot be told apart), that the learning rate is not far too "
             "high or low, and that features differ between images"
         )
+
+
+class CollapseWatch:
+    """Reports in plain words, once, that the queries of an image have become copies of one vector.
+
+    Args:
+        after_step: values up to this step (the warm-up) are not looked at.
+    """
+
+    def __init__(self, after_step: int):
+        self.after_step, self._reported = after_step, False
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """Take the means of a logged step and return the warning, if it is due."""
+        cosine = metrics.get("query_output_cosine", 0.0)
+        if self._reported or step <= self.after_step or cosine < COLLAPSED:
+            return []
+        self._reported = True
+        return [
+            f"the queries of an image have become one: their outputs have a mean cosine of {cosine:.3g} and an effective rank "
+            f"of {metrics['query_effective_rank']:.3g}, so that a language model would read copies of one vector; "
+            "stage1.diversity=0.2 keeps them apart at no cost to the other objectives"
+        ]
 
 
 def describe_losses(metrics: Mapping[str, float], chance: Mapping[str, float]) -> str:

@@ -54,6 +54,18 @@ def itm_loss(logits: Tensor, matched: Tensor, counted: Tensor, normalizer: Tenso
     return (losses * counted).sum() / normalizer
 
 
+def diversity_loss(query_output: Tensor) -> Tensor:
+    """Mean squared cosine between two queries of an image: float[B, Q, D] -> float[], 1 where all are the same.
+
+    ITC asks for one query that fits and ITG for what one vector can hold, so that nothing else keeps the others from
+    becoming copies of it.
+    """
+    queries = query_output.shape[1]
+    unit = F.normalize(query_output.float(), dim=-1)
+    squares = (unit @ unit.transpose(1, 2)).square().sum((1, 2))
+    return (squares - queries).mean() / max(1, queries * (queries - 1))
+
+
 def next_token_labels(text_ids: Tensor, text_mask: Tensor) -> Tensor:
     """What each position must predict: int64[B, T], the next token, IGNORE_INDEX where it is padding or missing."""
     return F.pad(text_ids.masked_fill(~text_mask, IGNORE_INDEX)[:, 1:], (0, 1), value=IGNORE_INDEX)

@@ -23,7 +23,7 @@ from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed,
 from qformer.data.records import distinct_captions
 from qformer.distributed import sum_over_ranks
 from qformer.launch import stop_signals
-from qformer.log import ChanceWatch, MetricWindow, RunLog, describe_losses, gradient_norms, memory_bytes
+from qformer.log import ChanceWatch, CollapseWatch, MetricWindow, RunLog, describe_losses, gradient_norms, memory_bytes
 from qformer.models import Output, Prepared, Stage
 from qformer.optim import build_optimizer, lr_at
 from qformer.run_folder import on_first_rank, open_run, save_or_go_on
@@ -110,6 +110,7 @@ class _Run:
         self.watch = ChanceWatch(
             self.chance, patience_steps=max(20, options.log_every_steps), after_step=o.warmup_steps
         )
+        self.collapse = CollapseWatch(after_step=o.warmup_steps)
         if accelerator.is_main_process:
             (self.run_dir / "config.yaml").write_text(self.config_yaml)
         if config.run.trackers:
@@ -204,7 +205,7 @@ class _Run:
         line |= self.model.logged_constants(self.config.train.micro_batch_size)
         self.log.log(step, line)
         self.accelerator.log(line, step=step)
-        for warning in self.watch.update(step, means):
+        for warning in (*self.watch.update(step, means), *self.collapse.update(step, means)):
             logger.warning(warning)
         losses = describe_losses({k: v for k, v in means.items() if k != "gradient_norm"}, self.chance)
         return f"{losses}, {timing['samples_per_s']:.3g} samples/s"

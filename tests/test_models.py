@@ -197,6 +197,7 @@ def test_stage1_metrics_and_embeddings(tiny):
     model, samples = build(tiny, "stage1")
     output = run(model, collate(samples[:5]))
     names = {"itc", "itm", "itg", "itc_accuracy", "itm_accuracy", "temperature", "query_output_cosine"}
+    names |= {"query_effective_rank"}
     assert set(output.metrics) == names
     assert not any(value.requires_grad for value in output.metrics.values())
     assert output.image_embeds.shape == (5, 4, 16)
@@ -214,16 +215,18 @@ def test_stage1_weights_of_the_losses(tiny):
 
 
 WEIGHTS = [c for n in (1, 2, 3) for c in itertools.combinations(("itc", "itm", "itg"), n)]
+WEIGHTS += [(*c, "diversity") for c in WEIGHTS]
 
 
 @pytest.mark.parametrize("active", WEIGHTS, ids="+".join)
 def test_an_objective_of_weight_0_is_not_computed_and_trains_nothing(tiny, active):
     off = [f"stage1.{name}=0" for name in ("itc", "itm", "itg") if name not in active]
-    model, samples = build(tiny, "stage1", "pictures", *off)
-    assert set(model.chance_levels(6)) == set(active)
+    on = ["stage1.diversity=0.5"] if "diversity" in active else []
+    model, samples = build(tiny, "stage1", "pictures", *off, *on)
+    assert set(model.chance_levels(6)) == set(active) - {"diversity"}
     output = run(model.train(), collate(samples[:6]))
-    assert {name for name in output.metrics if name in ("itc", "itm", "itg")} == set(active)
-    assert (output.image_embeds is None) == (active == ("itg",))
+    assert {name for name in output.metrics if name in ("itc", "itm", "itg", "diversity")} == set(active)
+    assert (output.image_embeds is None) == (active[0] == "itg")
     output.loss.backward()
     for name, p in model.adapter.named_parameters():
         assert (p.grad is not None) == p.requires_grad, f"{name}: DistributedDataParallel would wait for ever"

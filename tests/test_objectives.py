@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qformer.metrics.queries import effective_rank
 from qformer.objectives import (
     ITM_CHANCE,
+    diversity_loss,
     draw_hard_negatives,
     itc_loss,
     itg_loss,
@@ -147,3 +149,17 @@ def test_chance_levels():
     prior = torch.tensor([2 / 3, 1 / 3]).log().expand(12, 2)  # one pair in three matches
     found = itm_loss(prior, torch.arange(12) < 4, torch.ones(12, dtype=torch.bool), 12.0).item()
     assert found == pytest.approx(ITM_CHANCE) == pytest.approx(0.6365, abs=1e-4)
+
+
+def test_diversity_is_the_mean_squared_cosine_of_two_queries():
+    queries = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]], [[1.0, 0.0], [5.0, 0.0], [-2.0, 0.0]]])
+    torch.testing.assert_close(diversity_loss(queries[:1]), torch.tensor((0 + 0.5 + 0.5) / 3))
+    torch.testing.assert_close(diversity_loss(queries), torch.tensor((1 / 3 + 1) / 2))
+    assert diversity_loss(torch.randn(2, 1, 4)) == 0, "one query has no other"
+
+
+def test_effective_rank_counts_the_directions_of_the_queries():
+    same, apart = torch.ones(1, 4, 8), torch.eye(8)[None, :4]
+    torch.testing.assert_close(effective_rank(same), torch.tensor(1.0), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(effective_rank(apart), torch.tensor(4.0))
+    torch.testing.assert_close(effective_rank(torch.cat([same, apart])), torch.tensor(2.5), rtol=1e-2, atol=1e-2)

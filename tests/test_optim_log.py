@@ -15,6 +15,7 @@ from qformer.log import (
     PARTS,
     TIMING_FIELDS,
     ChanceWatch,
+    CollapseWatch,
     MetricWindow,
     RunLog,
     StepProgress,
@@ -180,7 +181,7 @@ def test_chance_watch_warns_once_per_stuck_loss():
 
 @pytest.mark.parametrize("every", [1, 10, 20])
 def test_chance_watch_judges_a_trend_and_names_repeated_captions(every):
-    """Issue 13: at 3.42 of 3.47 a run was called not learning, and then fell to 2.95."""
+    """At 3.42 of 3.47 a run was called not learning, and then fell to 2.95."""
     steps = range(every, 401, every)
     falling = {s: max(2.95, 3.47 - 0.05 * s / 80) for s in steps}  # 3.42 at step 80
     watch = ChanceWatch({"itc": 3.47}, patience_steps=20, after_step=0)
@@ -190,6 +191,17 @@ def test_chance_watch_judges_a_trend_and_names_repeated_captions(every):
         (warning,) = [w for s in steps for w in watch.update(s, {"itc": flat + 0.004 * (-1) ** (s // every)})]
         assert "is not falling, so it is not learning" in warning
         assert "few distinct captions" in warning
+
+
+def test_queries_that_have_become_one_are_reported_once_after_the_warm_up():
+    watch = CollapseWatch(after_step=100)
+    metrics = {"query_output_cosine": 0.999, "query_effective_rank": 1.7}
+    assert watch.update(100, metrics) == []
+    assert watch.update(120, {"query_output_cosine": 0.9, "query_effective_rank": 3.0}) == []
+    (warning,) = watch.update(140, metrics)
+    assert "mean cosine of 0.999 and an effective rank of 1.7" in warning
+    assert "stage1.diversity=0.2" in warning
+    assert watch.update(160, metrics) == []
 
 
 # ---- what is measured ----
@@ -284,6 +296,7 @@ def test_every_key_of_a_run_is_there_and_documented(tiny, tmp_path, stage):
         "lr",
         "gradient_norm",
         "query_output_cosine",
+        "query_effective_rank",
     }
     for line in (second, last):
         assert {name.removeprefix("gradient_norm_") for name in line if name.startswith("gradient_norm_")} == parts

@@ -117,6 +117,7 @@ class Stage1Section:
     itc: float = _doc(1.0, "weight of image-text contrast", at_least=0)
     itm: float = _doc(1.0, "weight of image-text matching", at_least=0)
     itg: float = _doc(1.0, "weight of image-grounded text generation", at_least=0)
+    diversity: float = _doc(0.0, "weight of the squared cosine between an image's queries; 0 = BLIP-2", at_least=0)
     label_smoothing: float = _doc(0.1, "label smoothing of ITC and ITG")
     temperature: float = _doc(0.07, "start of the learned divisor of ITC similarities", at_least=0.001, at_most=0.5)
     itc_batch_size: int | None = _doc(

@@ -4,6 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RANKED = 16  # images of a micro-batch whose effective rank is computed
+
+
+@torch.no_grad()
+def describe_queries(query_output: Tensor) -> dict[str, Tensor]:
+    """`query_output_cosine` and `query_effective_rank` of float[B, Q, D], each float32[]."""
+    return {
+        "query_output_cosine": mean_cosine(query_output),
+        "query_effective_rank": effective_rank(query_output[:RANKED]),
+    }
+
 
 @torch.no_grad()
 def mean_cosine(query_output: Tensor) -> Tensor:
@@ -15,3 +26,16 @@ def mean_cosine(query_output: Tensor) -> Tensor:
     queries = query_output.shape[1]
     total = F.normalize(query_output.detach().float(), dim=-1).sum(1).square().sum(-1)
     return ((total - queries) / max(1, queries * (queries - 1))).mean()
+
+
+@torch.no_grad()
+def effective_rank(query_output: Tensor) -> Tensor:
+    """Directions that the queries of an image fill, averaged over images: float[B, Q, D] -> float32[], from 1 to Q.
+
+    The exponential of the entropy of the singular values, as shares of their sum. At 1 all queries are multiples of one
+    vector. Source: Roy and Vetterli, The effective rank, EUSIPCO 2007.
+    """
+    unit = F.normalize(query_output.detach().float(), dim=-1)
+    values = torch.linalg.eigvalsh(unit @ unit.transpose(1, 2)).clamp_min(0).sqrt()
+    shares = values / values.sum(1, keepdim=True)
+    return torch.special.entr(shares).sum(1).exp().mean()

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from qformer.data import Batch
 from qformer.distributed import world_size
 from qformer.encoders import Features, FrozenEncoder
-from qformer.metrics.queries import mean_cosine
+from qformer.metrics.queries import describe_queries
 from qformer.models.batch import TextTokens, tokenize
 from qformer.models.contrast import Contrast, NegativeBank, contrast, text_keys
 from qformer.models.gradcache import CachedStep, gradcache_step
 from qformer.models.stage import Output, Prepared, Stage
-from qformer.objectives import ITM_CHANCE, itg_loss, itm_loss, next_token_labels
+from qformer.objectives import ITM_CHANCE, diversity_loss, itg_loss, itm_loss, next_token_labels
 from qformer.qformer import ImageMemory, QFormer
 from qformer.text import IGNORE_INDEX
 
@@ -45,20 +45,21 @@ class Stage1Adapter(nn.Module):
         contrastive_width: E of the embeddings.
         dec_id: id of [DEC], with which a text to be generated begins.
         temperature: start of the learned divisor of the similarities.
-        itc, itm, itg: weights of the objectives.
+        itc, itm, itg: weights of BLIP-2's objectives; diversity: of one that keeps an image's queries apart.
         feature_norm_eps: of the LayerNorm on the features.
     """
 
     def __init__(
         self, qformer: QFormer, *, encoder_width: int, contrastive_width: int, dec_id: int,
         label_smoothing: float = 0.1, temperature: float = 0.07, itc: float = 1.0, itm: float = 1.0, itg: float = 1.0,
-        feature_norm_eps: float = 1e-5,
+        diversity: float = 0.0, feature_norm_eps: float = 1e-5,
     ) -> None:  # fmt: skip
         super().__init__()
         assert qformer.vocab_size is not None
         width = qformer.width
         self.dec_id, self.label_smoothing = dec_id, label_smoothing
-        self.weights = {name: weight for name, weight in (("itc", itc), ("itm", itm), ("itg", itg)) if weight > 0}
+        weights = {"itc": itc, "itm": itm, "itg": itg, "diversity": diversity}
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.feature_norm = nn.LayerNorm(encoder_width, eps=feature_norm_eps)
         self.qformer = qformer
         self.image_projection = nn.Linear(width, contrastive_width)
@@ -88,7 +89,7 @@ class Stage1Adapter(nn.Module):
             parts += [self.itm_head]
         if "itg" not in weights:
             parts += [self.lm_transform, self.lm_norm, self.lm_bias]
-        if weights.keys() == {"itm"}:  # reads the queries' output alone
+        if not weights.keys() & {"itc", "itg"}:  # the queries' output alone is read
             parts += [last.text_ffn]
         if weights.keys() == {"itg"}:  # reads the queries' keys and values alone
             parts += [last.query_ffn, last.cross_attention]
@@ -187,9 +188,11 @@ class Stage1Adapter(nn.Module):
             counted = labels != IGNORE_INDEX  # the head is the widest matrix of all: only where there is a label
             logits = self.lm_logits(embedded.causal[counted])
             losses["itg"] = itg_loss(logits, labels[counted], self.label_smoothing, targets_per_rank)
+        if "diversity" in self.weights:
+            losses["diversity"] = diversity_loss(embedded.queries)
         if "itc" in self.weights:
             metrics["temperature"] = self.temperature
-        metrics["query_output_cosine"] = mean_cosine(embedded.queries)
+        metrics |= describe_queries(embedded.queries)
         loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
         metrics = {name: value.detach() for name, value in {**losses, **metrics}.items()}
         embeds = (embedded.image_embeds, embedded.text_embeds)
@@ -259,7 +262,7 @@ class Stage1(Stage[TextTokens]):
     4. ITC: similarities of all images and texts of all ranks; hard negatives are drawn from them;
     5. ITM: 3B pairs in one pass, over the keys and values of step 2;
     6. ITG: BERT's language head on the causal pass, where there is a next token;
-    7. the weighted sum of the three losses.
+    7. the weighted sum of the losses; `diversity`, if it has a weight, is that of step 3's queries.
 
     Args:
         tokenizer: BERT tokenizer with [DEC] as its `bos_token`.

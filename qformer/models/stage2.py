@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qformer.data import Batch
 from qformer.encoders import Features, FrozenEncoder
 from qformer.language import FrozenLanguageModel
-from qformer.metrics.queries import mean_cosine
+from qformer.metrics.queries import describe_queries
 from qformer.models.batch import TextTokens, split_prefix, tokenize
 from qformer.models.stage import Output, Prepared, Stage
 from qformer.qformer import QFormer
@@ -147,7 +147,7 @@ class Stage2(Stage[PromptsAndTargets]):
         visual_prompt, query_output = self._ask_queries(features, prompts, adapter)
         lm = self.llm.loss(visual_prompt, prompts, targets, max_target_tokens=self.max_target_tokens)
         loss = lm.total / targets_per_rank
-        return Output(loss, {"lm": loss.detach(), "query_output_cosine": mean_cosine(query_output)})
+        return Output(loss, {"lm": loss.detach(), **describe_queries(query_output)})
 
     def sample(self, prepared: Prepared[PromptsAndTargets], count: int = 4) -> list[dict[str, str]]:
         batch = prepared.batch
