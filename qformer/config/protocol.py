@@ -32,6 +32,8 @@ class Protocol:
     candidates: int | None = described(
         None, "retrieval: how many the similarity leaves to the matching head, each way; null = 128", at_least=1
     )
+    id_name: str | None = described(None, "what official results call the id of a record; null = as most servers")
+    output_name: str | None = described(None, "what they call an output; null = as most servers")
     reported: str | None = described(None, "what was published under this protocol, and where")
 
 

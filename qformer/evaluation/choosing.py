@@ -77,5 +77,8 @@ def lack_of_use(task: Task, texts: Sequence[Record], *, submitted: bool, written
         unnamed = next((record for record in texts if task.identify(record) is None), None)
         return None if unnamed is None else f"{unnamed.image}: its record has no {task.id_field}, which --submit needs"
     if not written and not any(map(task.has_reference, texts)):
-        return "no record has answers to score by; write the model's with --submit FILE or --json FILE"
+        return (
+            "no record has answers to score by (VQA's lie in a file of annotations: name it beside its questions); "
+            "write the model's with --submit FILE or --json FILE"
+        )
     return None

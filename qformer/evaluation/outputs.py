@@ -100,33 +100,76 @@ def read_predictions(path: Path, task: Task, records: "Sequence[Record]", partly
 
     Raises: ValueError naming ids without a record or without an output, a file that is missing or of another form.
     """
-    outputs: dict[str, Any] = {}
     rows = _read_results(path, task)
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not {task.id_field, task.output_field} <= row.keys():
-            raise ValueError(f"{path}: entry {number} (from 0) has no {task.id_field} or no {task.output_field}")
-        outputs[str(row[task.id_field])] = row[task.output_field]
-    if len(outputs) < len(rows):
-        twice, count = Counter(str(row[task.id_field]) for row in rows).most_common(1)[0]
-        raise ValueError(f"{path}: {task.id_field} {twice} stands {count} times; expected one {task.output_field} each")
     ids = [task.identify(record) for record in records]
     if None in ids:
         raise ValueError(
             f"{records[ids.index(None)].image}: its record has no {task.id_field}, so nothing is predicted"
         )
-    missing = [i for i in ids if str(i) not in outputs]
-    extra = [i for i in outputs if i not in set(map(str, ids))] if not partly else []
-    for names, what in ((missing, "is missing, which the records have"), (extra, "is of none of the records")):
+    predicted = [_id_and_output(path, task, number, row) for number, row in enumerate(rows)]
+    keys, predicted = _align(list(map(str, ids)), records, rows, predicted)
+    _require_same(path, task, keys, [key for key, _ in predicted], partly=partly)
+    outputs = dict(predicted)
+    return [outputs[key] for key in keys]
+
+
+Predicted = list[tuple[str, Any]]  # key and output
+
+
+def _align(
+    keys: list[str], records: "Sequence[Record]", rows: list[Any], predicted: Predicted
+) -> tuple[list[str], Predicted]:  # fmt: skip
+    """By what records and outputs meet: by ids, unless those repeat or are none of the records'."""
+    if len(set(keys)) < len(keys) and all({"image", "question"} <= row.keys() for row in rows):
+        # POPE counts from 1 in each of its subsets
+        keys = [_whole_key(key, record.image, record.question) for key, record in zip(keys, records, strict=True)]
+        triples = (
+            (_whole_key(key, row["image"], row["question"]), out)
+            for row, (key, out) in zip(rows, predicted, strict=True)
+        )
+        return keys, list(triples)
+    names = [os.path.basename(record.image) for record in records]
+    known = {key for key, _ in predicted}
+    for alternative in (keys, names, [Path(name).stem for name in names]):
+        if not known.isdisjoint(alternative):
+            return alternative, predicted
+    return keys, predicted
+
+
+def _require_same(path: Path, task: Task, keys: list[str], predicted: list[str], *, partly: bool) -> None:
+    what = " or ".join(dict.fromkeys((task.result_names[0], task.id_field)))
+    ((key, count),) = Counter(predicted).most_common(1)
+    if count > 1:
+        raise ValueError(f"{path}: {what} {key} stands {count} times; expected one {task.output_field} each")
+    known, there = set(keys), set(predicted)
+    missing = [key for key in keys if key not in there]
+    extra = [key for key in predicted if key not in known] if not partly else []
+    for names, lack in ((missing, "is missing, which the records have"), (extra, "is of none of the records")):
         if names:
             more = f" (and {len(names) - 1} others)" if len(names) > 1 else ""
-            raise ValueError(f"{path}: {task.id_field} {names[0]}{more} {what}; give the predictions of these records")
-    return [outputs[str(i)] for i in ids]
+            raise ValueError(f"{path}: {what} {names[0]}{more} {lack}; give the predictions of these records")
+
+
+def _id_and_output(path: Path, task: Task, number: int, row: Any) -> tuple[str, Any]:
+    """What a row of results holds, under the names of the server or under our own."""
+    id_name, output_name = task.result_names
+    if isinstance(row, dict):
+        key = next((row[name] for name in (id_name, task.id_field) if name in row), None)
+        for name in (output_name, task.output_field):
+            if key is not None and name in row:
+                return str(key), row[name]
+    raise ValueError(f"{path}: entry {number} (from 0) has no {id_name} or no {output_name}")
+
+
+def _whole_key(key: str, image: str | None, question: str | None) -> str:
+    return f"{key} of {os.path.basename(image or '')} {question or ''}"
 
 
 def write_submission(path: Path, task: Task, records: "Sequence[Record]", outputs: Sequence[Any]) -> None:
     """Write official results, ids of the type that the records have; an image that could not be read has output ""."""
+    id_name, output_name = task.result_names
     rows = [
-        {task.id_field: task.identify(record), task.output_field: "" if output is None else output}
+        {id_name: task.identify(record), output_name: "" if output is None else output}
         for record, output in zip(records, outputs, strict=True)
     ]
     with atomic_file(path) as scratch:

@@ -1,7 +1,7 @@
 """What a task is: what a record needs, what the model is asked, which metric, and how official files name it all."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class Scores:
         rule: the rule or tokenizer by which they were computed: without it a number says little.
         unit: what the values are, for the printed line.
         groups: the first value over the records of one kind, and how many there are.
+        breakdown: by the name of what tells kinds of records, as "by_answer_type": the values over each kind, and "n".
         others: the first value by the other rules.
         warnings: what a reader of the numbers has to know.
         each: the scores of every record, in their order; () where there are none.
@@ -39,6 +40,7 @@ class Scores:
     each: Sequence[dict[str, float]] = ()
     absent: dict[str, str] = field(default_factory=dict)
     form: str = "5.1f"
+    breakdown: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Task:
         noun: what is counted, in the plural.
         rule_field: what a rule is: "rule" or "tokenizer".
         by_image: records of one image are asked as one, which has the captions of all.
+        id_name, output_name: what official results call them where not as `id_field` and `output_field`.
     """
 
     id_field: str
@@ -78,8 +81,19 @@ class Task:
     noun: str = "questions"
     rule_field: str = "rule"
     by_image: bool = False
+    id_name: str | None = None
+    output_name: str | None = None
 
     def identify(self, record: "Record") -> Any:
         """The id of a record in official results, of the type that its source has; None = it has none."""
         value = getattr(record, self.id_field)
         return int(value) if self.id_field == "image_id" and record.number_id else value
+
+    def with_names(self, id_name: str | None, output_name: str | None) -> "Task":
+        """The task with other names in official results, where a server has its own; None = as it is."""
+        return replace(self, id_name=id_name or self.id_name, output_name=output_name or self.output_name)
+
+    @property
+    def result_names(self) -> tuple[str, str]:
+        """What official results call the id of a record, and its output."""
+        return self.id_name or self.id_field, self.output_name or self.output_field

@@ -1,16 +1,15 @@
-"""Visual question answering: generated answers, scored by the official VQA accuracy."""
+"""Visual question answering: generated answers, scored by the official VQA accuracy or another rule of `rules.py`."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qformer.evaluation.task import WITH_IMAGE, Scores, Task
-from qformer.metrics import RULES, score_vqa
+from qformer.evaluation.rules import RULES, score_answers
+from qformer.evaluation.task import WITH_IMAGE, Task
 
 if TYPE_CHECKING:
     from qformer.data import Record
 
 TEXT_ONLY, ORACLE_CAPTION = "text-only", "oracle-caption"
-LARGE_DIFFERENCE = 5.0  # percent between two rules
 
 
 def _lacks(record: "Record", mode: str) -> str | None:
@@ -26,21 +25,6 @@ def _ask(model: Any, records: "Sequence[Record]", images: list | None, mode: str
     return model.answer(images, [record.question for record in records], context, **generation)
 
 
-def _score(records: "Sequence[Record]", answers: Sequence[str], rule: str) -> Scores:
-    references = [list(record.answers) for record in records]
-    types = [record.question_type or "all" for record in records]
-    by_rule = {name: score_vqa(list(answers), references, types, name) for name in RULES}
-    score = by_rule[rule]
-    others = {name: other.overall for name, other in by_rule.items() if name != rule}
-    warnings = []
-    if max(abs(other - score.overall) for other in others.values()) > LARGE_DIFFERENCE:
-        listed = ", ".join(f"{other:.1f} by {name}" for name, other in others.items())
-        warnings.append(f"the rule matters here: {score.overall:.1f} by {rule}, {listed}; give it beside the number")
-    groups = {name: (accuracy, score.n_by_type[name]) for name, accuracy in score.by_type.items()}
-    unit = "VQA accuracy in percent"
-    return Scores({"overall": score.overall}, score.n, rule, unit, groups, others, tuple(warnings))
-
-
 def _describe(record: "Record") -> dict[str, Any]:
     return {"question": record.question, "answers": list(record.answers), "question_type": record.question_type}
 
@@ -49,10 +33,10 @@ TASK = Task(
     id_field="question_id",
     output_field="answer",
     modes=(WITH_IMAGE, TEXT_ONLY, ORACLE_CAPTION),
-    rules=RULES,
+    rules=tuple(RULES),
     lacks=_lacks,
     has_reference=lambda record: bool(record.answers),
     ask=_ask,
-    score=_score,
+    score=score_answers,
     describe=_describe,
 )

@@ -16,18 +16,14 @@ _LETTER = re.compile(r"\(?([A-Za-z])(?:[).:,]|$)")
 _SAID = re.compile(r"\banswer is:?\s*\(?([A-Za-z])\b", re.IGNORECASE)
 
 
-def exact_match(prediction: str, answer: str, normalize: bool = True) -> float:
-    """1 when the prediction is the answer, else 0.
+def exact_match(prediction: str, answer: str) -> float:
+    """1 when the normalised prediction is the answer, else 0, which is how LAVIS reports GQA.
 
-    Args:
-        normalize: compare as `normalize_answer` writes the prediction, which is how LAVIS reports GQA; without, texts are
-            compared as they are, which is GQA's own program: "Yes" is wrong for "yes".
+    GQA's own program compares texts as they are: "Yes" is wrong for "yes" (rule "exact").
 
     Source: lavis/tasks/vqa.py, GQATask; eval.py of GQA (Hudson and Manning, 2019).
     """
-    return float(
-        prediction == answer or (normalize and normalize_answer(prediction) in (answer, normalize_answer(answer)))
-    )
+    return float(normalize_answer(prediction) in (answer, normalize_answer(answer)))
 
 
 def three_match(prediction: str, answers: Sequence[str]) -> float:
