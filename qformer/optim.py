@@ -1,6 +1,7 @@
 """What one update does with a gradient: the learning rate of a step, which parameters decay, the optimizer."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,12 +50,17 @@ def lr_at(step: int, *, peak_lr: float, min_lr: float, warmup_steps: int, warmup
     return min_lr + (peak_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into a group that decays and one that does not.
+def parameter_groups(
+    module: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters into a group that decays and one that does not, for each scale of learning rate.
 
     Biases, norms and the temperature are exactly the parameters with fewer than two dimensions; they do not decay.
-    Each group has `name` ("decay" or "no_decay"), `params`, `param_names` in the same order and `weight_decay`; names
-    and order go into the optimizer's state, so that a resume can be checked against them.
+    Each group has `name` ("decay" or "no_decay"), `params`, `param_names` in the same order, `weight_decay` and, unless it
+    is 1, `lr_scale`; names and order go into the optimizer's state, so that a resume can be checked against them.
+
+    Args:
+        lr_scales: factors on the learning rate, by parameter; 1 for those that are not named.
 
     Raises:
         ValueError: nothing in `module` is trainable.
@@ -64,10 +70,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         raise ValueError(f"{type(module).__name__} has no trainable parameter: unfreeze the part that should learn")
     matrices = [name for name, parameter in trainable.items() if parameter.ndim >= 2]
     vectors = [name for name, parameter in trainable.items() if parameter.ndim < 2]
+    scales = lr_scales or {}
     groups: list[dict[str, Any]] = [
-        {"name": name, "params": [trainable[n] for n in names], "param_names": names, "weight_decay": decay}
+        {"name": name, "params": [trainable[n] for n in of_scale], "param_names": of_scale, "weight_decay": decay}
+        | ({} if scale == 1 else {"lr_scale": scale})
+        for scale in sorted({1.0, *scales.values()}, reverse=True)
         for name, names, decay in (("decay", matrices, weight_decay), ("no_decay", vectors, 0.0))
-        if names
+        if (of_scale := [n for n in names if scales.get(n, 1.0) == scale])
     ]
     grouped = sum(parameter.numel() for group in groups for parameter in group["params"])
     assert grouped == sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -75,13 +84,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def build_optimizer(
-    module: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, eps: float
-) -> torch.optim.AdamW:
+    module: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, eps: float,
+    lr_scales: Mapping[str, float] | None = None,
+) -> torch.optim.AdamW:  # fmt: skip
     """AdamW over `parameter_groups`, fused where every trainable parameter lies on a device that has the fused kernel.
 
     Raises:
         ValueError: nothing in `module` is trainable.
     """
-    groups = parameter_groups(module, weight_decay)
+    groups = parameter_groups(module, weight_decay, lr_scales)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=devices <= FUSED_DEVICES)

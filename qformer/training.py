@@ -28,6 +28,7 @@ from qformer.models import Output, Prepared, Stage
 from qformer.optim import build_optimizer, lr_at
 from qformer.run_folder import on_first_rank, open_run, save_or_go_on
 from qformer.sharding import shard_blocks, shards_frozen
+from qformer.tuning import encoder_lr_scales
 from qformer.validation import describe_validation, validate
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,9 @@ class _Run:
         model.to(accelerator.device)
         self.adapter = model.adapter
         self.optimizer = build_optimizer(
-            self.adapter, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay, eps=1e-8
-        )
+            self.adapter, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay, eps=1e-8,
+            lr_scales=encoder_lr_scales(model, o.encoder_layer_decay),
+        )  # fmt: skip
         if accelerator.is_main_process and resume_from is None:
             _describe_data(train, options.global_batch_size, self.shares())
         self.progress, scaler_state = _restore(resume_from, self.adapter, self.optimizer, train=train, config=config)
@@ -311,7 +313,7 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Conf
         max_steps=config.train.max_steps,
     )  # fmt: skip
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
 
 

@@ -88,6 +88,27 @@ def add_trainable(model: Stage, config: ModelPart) -> None:
         checkpoint_activations(model, config.train.gradient_checkpointing)
 
 
+def encoder_lr_scales(model: Stage, decay: float) -> dict[str, float]:
+    """Factors on the learning rate of the encoder's parameters, by their names in the adapter: less the deeper they lie.
+
+    The last block has `decay`, the one before it `decay` squared; what comes before the first block lies a block deeper,
+    what comes behind the last one has 1. Empty where the encoder does not learn as a whole, or `decay` is 1.
+
+    Source: LAVIS, Blip2Base.get_optimizer_params (after BEiT, arXiv 2106.08254).
+    """
+    if decay == 1 or ENCODER not in dict(model.adapter.named_children()):
+        return {}
+    learning = dict(model.adapter.get_submodule(ENCODER).named_parameters())
+    depths = {id(p): depth for depth, block in enumerate(_blocks(model.encoder), 1) for p in block.parameters()}
+    last = max(depths[id(p)] for p in learning.values() if id(p) in depths)
+    scales, reached = {}, False  # the parameters of a tower stand in the order in which they are used
+    for name, parameter in learning.items():
+        reached |= id(parameter) in depths
+        depth = depths.get(id(parameter), last + 1 if reached else 0)
+        scales[f"{ENCODER}.{name}"] = decay ** (last + 1 - depth)
+    return scales
+
+
 def parts_beside(adapter: nn.Module) -> dict[str, Tensor]:
     """The tensors of an adapter that are not the Q-Former's and its projections'."""
     return {name: tensor for name, tensor in adapter.state_dict().items() if _part(name) in EXTRA_TRAINABLE}

@@ -289,6 +289,22 @@ def test_an_adapter_with_a_lora_is_not_begun_from_without_it(tiny, tmp_path):
     assert torch.equal(begun.encoder(torch.ones(1, 3, 32, 32)).tokens, model.encoder(torch.ones(1, 3, 32, 32)).tokens)
 
 
+def test_the_encoder_learns_less_the_deeper_it_is(tiny, tmp_path):
+    """Adam's first step is as long as the learning rate, so that a weight's first change shows its own."""
+    more = ["tune.encoder=full", "optim.encoder_layer_decay=0.5", "optim.warmup_steps=0", "optim.weight_decay=0"]
+    more += ["train.max_steps=1", "data.validation=[]", "optim.lr=1e-3", "encoder.block=-1"]
+    model = build_stage1(load_config(Stage1Config, arguments(tiny, 1, tmp_path, *more)))
+    before = {name: p.detach().clone() for name, p in model.adapter.named_parameters()}
+    run_stage(1, arguments(tiny, 1, tmp_path / "run", *more))
+    after = read_adapter(tmp_path / "run" / "adapter")
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in after if name.startswith("encoder.")}
+    scales = tuning.encoder_lr_scales(model, 0.5)
+    assert moved.keys() == scales.keys()
+    assert len(set(scales.values())) > 2
+    for name, scale in scales.items():
+        assert moved[name] == pytest.approx(1e-3 * scale, rel=0.1), name
+
+
 def test_an_encoder_that_learns_may_begin_at_a_larger_size(tiny, tmp_path, capsys):
     """BLIP-2 learns at 224 px and is fine-tuned at 364."""
     run_stage(1, tiny.stage1(tmp_path / "s1", "train.max_steps=1", "data.validation=[]"))

@@ -72,6 +72,16 @@ def test_parameter_groups():
         parameter_groups(Model().requires_grad_(False), 0.05)
 
 
+def test_a_parameter_may_learn_slower_than_the_rest():
+    groups = parameter_groups(Model(), 0.05, {"linear.weight": 0.5, "norm.bias": 0.5})
+    assert [(g["name"], g.get("lr_scale", 1.0), g["param_names"]) for g in groups] == [
+        ("decay", 1.0, ["query_tokens"]),
+        ("no_decay", 1.0, ["temperature", "norm.weight", "linear.bias"]),
+        ("decay", 0.5, ["linear.weight"]),
+        ("no_decay", 0.5, ["norm.bias"]),
+    ]
+
+
 def test_build_optimizer_decays_only_what_should():
     model = Model()
     optimizer = build_optimizer(model, lr=0.1, betas=(0.9, 0.98), weight_decay=0.5, eps=1e-8)

@@ -53,6 +53,9 @@ class OptimConfig:
     warmup_steps: int = _doc(2000, "steps of linear warm-up", at_least=0)
     warmup_lr: float = _doc(1e-6, "learning rate at step 0")
     weight_decay: float = _doc(0.05, "AdamW weight decay; none on biases, norms and the temperature", at_least=0)
+    encoder_layer_decay: float = _doc(
+        1.0, "factor on the learning rate for each block down the encoder (tune.encoder=full)", above=0, at_most=1
+    )
     betas: list[float] = _doc([0.9, 0.98], "AdamW betas")
     clip_norm: float = _doc(1.0, "largest gradient norm; larger ones are scaled down to it", above=0)
 
