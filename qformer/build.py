@@ -267,6 +267,8 @@ def build_transform(encoder: FrozenEncoder, config: DataConfig | None = None) ->
         crop_scale=(low, high),
         flip=data.flip,
         max_pixels=data.max_pixels,
+        frames=data.frames,
+        frame_policy=data.frame_policy,
     )
 
 
@@ -316,6 +318,9 @@ def _require_cache_of(config: EncoderConfig, data: DataConfig, manifest: Manifes
         lines.append("data.augment: the cache has no random crops; set it to false, or write the cache with --crops")
     elif data.augment and manifest.transform and manifest.crops["scale"] != data.crop_scale:
         lines.append(f"data.crop_scale: the cache has {manifest.crops['scale']}, expected {data.crop_scale}")
+    if manifest.transform and "frames" in manifest.transform:  # it holds clips
+        clips = {name: getattr(data, name) for name in ("frames", "frame_policy")}
+        lines += [f"data.{line}" for line in differences(manifest.transform, clips)]
     if lines:
         raise ValueError(f"data.features={data.features} does not fit this config:\n  " + "\n  ".join(lines))
 
@@ -323,7 +328,7 @@ def _require_cache_of(config: EncoderConfig, data: DataConfig, manifest: Manifes
 def _require_covered(records: Records, features: FeatureCache, split: str) -> None:
     """Raise ValueError when the cache was written without some of a few thousand records, evenly spread."""
     rows = range(0, len(records), max(1, len(records) // COVERAGE_RECORDS))
-    ids = {features.id_of(records[i]) for i in rows}
+    ids = {features.id_of(image) for i in rows for image in records[i].each_image()}
     unknown = sorted(i for i in ids if i not in features and i not in features.broken)
     if unknown:
         raise ValueError(

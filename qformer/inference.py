@@ -14,14 +14,17 @@ from torch.nn.utils.rnn import pad_sequence
 from qformer.build import STAGES, build_stage, build_transform
 from qformer.checkpoint import TENSORS, load_strictly, read_adapter
 from qformer.config import LlmConfig, ModelPart, Stage2Part, model_part, prompt_problem, read_config, read_values
-from qformer.data import Record, clean_question, load_features, load_image
+from qformer.data import Record, clean_question, load_image
+from qformer.data.loading import frames_of, index_images, load_input
+from qformer.data.records import is_clip
 from qformer.encoders import Features
 from qformer.messages import one_line
 from qformer.models import Stage, Stage1, Stage2
 from qformer.text import continue_prompt
 
 Picture = Image.Image | str | Path | Tensor
-Images = Picture | Sequence[Picture] | Features
+Images = Picture | Sequence[Picture | Sequence[Picture]] | Features
+Rows = list[list[Picture]] | Features
 ADAPTER_FILES = ["*.safetensors", "*.yaml", "*.md", "*.json", "SHA256SUMS", "llm_lora/*", "encoder_lora/*"]
 
 
@@ -97,7 +100,7 @@ class VisionLanguageModel:
     """A loaded adapter between its frozen models. Stage 2 captions and answers; stage 1 embeds and matches.
 
     Images are PIL images, paths, what `read` returned, or all of them as what `encode` returned; a single one needs no
-    list. With precomputed features they are paths of .npy or .safetensors files.
+    list, and a list among them is a row of several. Paths of videos are clips of `transform.frames` frames. With precomputed features they are paths of .npy or .safetensors files.
     """
 
     def __init__(self, model: Stage, config: ModelPart) -> None:
@@ -106,7 +109,7 @@ class VisionLanguageModel:
         self.device = next(model.adapter.parameters()).device
 
     def caption(self, images: Images, prompt: str | Sequence[str] | None = None, **generation: Any) -> list[str]:
-        """One caption an image; with `num_return` several, those of an image next to each other.
+        """One caption an image, or for several together ([[a, b]]); with `num_return` several, those of an image next to each other.
 
         Args:
             prompt: text the caption continues, one for all or one an image; None = the one of training.
@@ -116,9 +119,9 @@ class VisionLanguageModel:
 
         Raises: ValueError when the numbers of images and prompts differ, or an image cannot be read.
         """
-        model, llm = self._stage2("caption")
-        images = self._each(images)
-        count = len(images.tokens) if isinstance(images, Features) else len(images)
+        _, llm = self._stage2("caption")
+        rows = self._rows(images)
+        count = len(rows.tokens) if isinstance(rows, Features) else len(rows)
         prompt = llm.prompt if prompt is None else prompt
         prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
         if len(prompts) != count:
@@ -130,9 +133,7 @@ class VisionLanguageModel:
             "max_new_tokens": llm.caption_max_new_tokens,
             "min_new_tokens": llm.caption_min_new_tokens,
         } | generation
-        with torch.no_grad():
-            visual_prompt = model.visual_prompt(self.encode(images), prompts)
-        return model.llm.generate(visual_prompt, prompts, **settings)
+        return self._write(rows, prompts, **settings)
 
     def answer(
         self, images: Images | None, questions: str | Sequence[str], context: str | Sequence[str] | None = None, *,
@@ -141,7 +142,8 @@ class VisionLanguageModel:
         """One answer a question; an image that stands beside several questions is encoded once.
 
         Args:
-            images: one image a question, or a single one for all; None asks the language model alone, without an image.
+            images: one image a question, or a list of several ([[a, b]]), whose visual prompts stand one after the other;
+                a single entry is for all questions. None asks the language model alone, without an image.
             context: text before each question.
             history: questions and answers of the conversation so far; in a chat turns of their own.
             prompt: the prompt of a question, {} in its place; None = `vqa_prompt`.
@@ -170,11 +172,16 @@ class VisionLanguageModel:
         } | generation
         if images is None or not questions:
             return model.llm.generate(None, prompts, **settings)
-        features, rows = self._encode_once(self._each(images), len(questions))
+        return self._write(self._rows(images), prompts, **settings)
+
+    def _write(self, images: Rows, prompts: Sequence[Any], **generation: Any) -> list[str]:
+        """What the language model writes behind each row's visual prompts and its prompt."""
+        model, _ = self._stage2("generate")
+        features, rows = self._encode_once(images, len(prompts))
         texts = [text if isinstance(text, str) else text[-1] for text in prompts]
         with torch.no_grad():
             visual_prompt = model.visual_prompt(features, texts, rows)
-        return model.llm.generate(visual_prompt, prompts, **settings)
+        return model.llm.generate(visual_prompt, prompts, visual_mask=model.visual_mask(rows), **generation)
 
     def ask(self, question: str, prompt: str | None = None) -> str:
         """A question, cleaned as in training, in its prompt.
@@ -188,14 +195,17 @@ class VisionLanguageModel:
 
     @torch.no_grad()
     def embed_image(self, images: Images) -> Tensor:
-        """Contrastive embeddings float[B, Q, E] of unit length, one a query."""
+        """Contrastive embeddings float[B, Q, E] of unit length, one a query; the tokens of a clip's frames, or of several
+        images ([[a, b]]), are read side by side.
+        """
         adapter = self._stage1("embed_image").adapter
-        images = self._each(images)
-        if not isinstance(images, Features) and not images:
+        rows = self._rows(images)
+        if not isinstance(rows, Features) and not rows:
             return torch.zeros(
                 0, self.config.qformer.queries, adapter.image_projection.out_features, device=self.device
             )
-        return adapter.embed_queries(adapter.qformer.query_pass(adapter.project_images(*self.encode(images))).output)
+        features = self._encode_side_by_side(rows)
+        return adapter.embed_queries(adapter.qformer.query_pass(adapter.project_images(*features)).output)
 
     @torch.no_grad()
     def embed_text(self, texts: str | Sequence[str]) -> Tensor:
@@ -210,13 +220,13 @@ class VisionLanguageModel:
     def match(self, images: Images, texts: str | Sequence[str]) -> Tensor:
         """Probability float[B] that image and text belong together, pair by pair, by the matching head."""
         model = self._stage1("match")
-        images, texts = self._each(images), [texts] if isinstance(texts, str) else list(texts)
-        count = len(images.tokens) if isinstance(images, Features) else len(images)
+        rows, texts = self._rows(images), [texts] if isinstance(texts, str) else list(texts)
+        count = len(rows.tokens) if isinstance(rows, Features) else len(rows)
         if count != len(texts):
             raise ValueError(f"{count} images for {len(texts)} texts; match compares pair by pair")
         if not texts:
             return torch.zeros(0, device=self.device)
-        memory = model.adapter.project_images(*self.encode(images))
+        memory = model.adapter.project_images(*self._encode_side_by_side(rows))
         return model.adapter.match([memory], *model.tokenize(texts)).softmax(1)[:, 1]
 
     @property
@@ -225,57 +235,73 @@ class VisionLanguageModel:
         return self._stage2("vqa_prompt")[0].vqa_prompt
 
     def read(self, picture: Picture | Record) -> Tensor:
-        """An image as the encoder wants it, float[3, S, S]; with precomputed features float[N, Dv].
+        """An image as the encoder wants it, float[3, S, S], a clip float[n, 3, S, S]; precomputed features float[N, Dv].
 
         Raises: BrokenRecord (a ValueError) when it cannot be read.
         """
         if isinstance(picture, Tensor):
             return picture
         if isinstance(picture, str | Path):
-            picture = Record(str(picture), str(picture))
-        if self.transform is not None:
-            return self.transform.apply(load_image(picture, self.transform.max_pixels))
-        if isinstance(picture, Image.Image):
+            picture = Record(str(picture), str(picture), clip=is_clip(str(picture)))
+        if isinstance(picture, Record):
+            return load_input(picture, self.transform, [None], self.model.encoder.width)[0]
+        if self.transform is None:
             raise ValueError("this model takes precomputed features: give paths of .npy or .safetensors files")
-        return load_features(picture.image, self.model.encoder.width)
+        return self.transform.apply(load_image(picture, self.transform.max_pixels))
 
     @torch.no_grad()
     def encode(self, images: Images) -> Features:
-        """Frozen features of images, or of feature files; what it returned is taken as it is.
+        """Frozen features of images, clips or feature files; those of several images ([[a, b]]) and of a clip's frames stand
+        side by side. What it returned is taken as it is.
 
         Raises: ValueError (`BrokenRecord`) when one cannot be read.
         """
-        images = self._each(images)
-        if isinstance(images, Features):
-            tokens, mask = images
-            return Features(tokens.to(self.device), None if mask is None else mask.to(self.device))
-        parts = [self.read(image) for image in images]
+        return self._encode_side_by_side(self._rows(images))
+
+    def _encode(self, parts: list[Tensor]) -> Features:
         if self.transform is not None:
             return self.model.encoder(torch.stack(parts).to(self.device))
         mask = pad_sequence([torch.ones(len(part), dtype=torch.bool) for part in parts], batch_first=True)
         return self.model.encoder(pad_sequence(parts, batch_first=True).to(self.device), mask.to(self.device))
 
-    def _each(self, images: Images) -> list[Picture] | Features:
-        """The images in a list, a single one too; features as they are."""
+    def _rows(self, images: Images) -> Rows:
+        """The images of each row in a list, of a single one too; features as they are."""
         if isinstance(images, Features):
             return images
         single = images.ndim == (2 if self.transform is None else 3) if isinstance(images, Tensor) else False
         if single or isinstance(images, str | Path | Image.Image):
-            return [images]  # type: ignore[list-item]
-        return list(images)
+            return [[images]]  # type: ignore[list-item]
+        return [list(row) if isinstance(row, list | tuple) else [row] for row in images]  # type: ignore[list-item]
 
-    def _encode_once(self, images: list[Picture] | Features, questions: int) -> tuple[Features, Tensor]:
-        """Features of the images that differ, and int64[questions], the row of each question's."""
-        count = len(images.tokens) if isinstance(images, Features) else len(images)
-        if count not in (1, questions):
-            raise ValueError(f"{count} images for {questions} questions; give one each, or one for all")
+    def _encode_side_by_side(self, images: Rows) -> Features:
+        features, rows = self._encode_once(images)
+        if rows.ndim == 2:
+            return features.side_by_side(rows)
+        return Features(features.tokens[rows], None if features.mask is None else features.mask[rows])
+
+    @torch.no_grad()
+    def _encode_once(self, images: Rows, count: int | None = None) -> tuple[Features, Tensor]:
+        """Features of the images that differ, and which of them stand in each of `count` rows: int64[R] or int64[R, K]."""
+        there = len(images.tokens) if isinstance(images, Features) else len(images)
+        count = there if count is None else count
+        if there not in (1, count):
+            raise ValueError(f"{there} images for {count} questions; give one each, or one for all")
         if isinstance(images, Features):
-            return self.encode(images), torch.arange(count, device=self.device).expand(questions)
-        keys = [str(p) if isinstance(p, str | Path) else id(p) for p in images]
-        first = dict(zip(keys, images, strict=True))
-        row = {key: i for i, key in enumerate(first)}
-        rows = torch.tensor([row[key] for key in keys], device=self.device).expand(questions)
-        return self.encode(list(first.values())), rows
+            tokens, mask = images
+            features = Features(tokens.to(self.device), None if mask is None else mask.to(self.device))
+            return features, torch.arange(there, device=self.device).expand(count)
+        if not all(images):
+            raise ValueError(f"row {[bool(row) for row in images].index(False)} (from 0) has no image")
+        first = {_key(image): image for row in images for image in row}
+        frames = {key: frames_of(self.read(image)) for key, image in first.items()}
+        rows = []
+        for row in images:
+            pairs = [((_key(image), n), frame) for image in row for n, frame in enumerate(frames[_key(image)])]
+            rows.append(([frame for _, frame in pairs], [key for key, _ in pairs]))
+        different, image_of = index_images(rows)
+        if image_of.shape[1] == 1:
+            image_of = image_of[:, 0]
+        return self._encode(different), image_of.to(self.device).expand(count, *image_of.shape[1:])
 
     def _stage1(self, what: str) -> Stage1:
         if not isinstance(self.model, Stage1):
@@ -286,3 +312,8 @@ class VisionLanguageModel:
         if not isinstance(self.model, Stage2) or not isinstance(self.config, Stage2Part):
             raise ValueError(f"{what} needs a stage-2 adapter (with a language model); this one is of stage 1")
         return self.model, self.config.llm
+
+
+def _key(image: Picture) -> str | int:
+    """Equal for images that are the same file or object."""
+    return str(image) if isinstance(image, str | Path) else id(image)

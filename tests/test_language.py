@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from qformer.language import DecoderOnly, EncoderDecoder, FrozenLanguageModel, load_language_model
+from qformer.language.visual import VisualRows
 from qformer.text import (
     IGNORE_INDEX,
     PROMPTS,
@@ -367,7 +368,7 @@ def test_a_row_is_read_once_for_all_its_beams(family, monkeypatch):
 def test_greedy_generation_is_the_argmax_of_uncached_forwards(family):
     lm = build(family)
     visual_prompt = visual_prompt_for(lm, rows=1)
-    embeds, _ = lm._start(visual_prompt, [[]], ["a photo of"])
+    embeds, _ = lm._start(VisualRows.of(visual_prompt, None, 1, lm.width), [[]], ["a photo of"])
     new_ids: list[int] = []
     while len(new_ids) < 6:
         if lm.is_encoder_decoder:

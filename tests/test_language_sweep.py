@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer.language import DecoderOnly, EncoderDecoder
+from qformer.language.visual import VisualRows
 from tests.test_language import BOS, EOS, PAD, V, build_tokenizer
 
 SIZES = {
@@ -117,9 +118,10 @@ def test_another_picture_changes_a_short_prompt_behind_a_long_one_as_it_does_alo
     llm = build("mistral", AutoModelForCausalLM)
     torch.manual_seed(3)
     first, other = torch.randn(2, 4, llm.width), torch.randn(2, 4, llm.width)
-    inputs = [llm._start(v, [[], []], [LONG, "red"]) for v in (first, other)]
+    inputs = [llm._start(VisualRows.of(v, None, 2, llm.width), [[], []], [LONG, "red"]) for v in (first, other)]
     batch = [llm.next_logits(*given)[1] for given in inputs]
-    alone = [llm.next_logits(*llm._start(v[1:], [[]], ["red"]))[0] for v in (first, other)]
+    last = [VisualRows.of(v[1:], None, 1, llm.width) for v in (first, other)]
+    alone = [llm.next_logits(*llm._start(v, [[]], ["red"]))[0] for v in last]
     assert (alone[0] - alone[1]).abs().max() > 0.1
     torch.testing.assert_close(batch[0] - batch[1], alone[0] - alone[1], rtol=1e-3, atol=1e-3)
 

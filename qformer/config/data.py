@@ -8,6 +8,7 @@ from qformer.config.fields import Problems
 from qformer.config.fields import described as _doc
 
 TEXTS = ("caption", "question", "vqa")  # as qformer.data.captions has them
+FRAME_POLICIES = ("uniform", "middle")  # keys of qformer.data.clips.POLICIES
 ANSWERS = ("votes", "most_frequent")
 
 
@@ -67,6 +68,10 @@ class DataConfig:
         None, "pixels of the largest image that is read, larger ones are broken records; null = PIL's bound, 89478485",
         at_least=1,
     )  # fmt: skip
+    frames: int = _doc(8, "frames that stand for a clip (docs/data.md); a shorter one gives each once", at_least=1)
+    frame_policy: str = _doc(
+        "uniform", "which frames: the first of so many equal parts, as BLIP has it, or their middles", FRAME_POLICIES
+    )
     cleaning: str = _doc(
         "blip", "captions as BLIP-2 writes them: small letters, no points; or as they are", ("blip", "none")
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import shutil
@@ -90,8 +91,14 @@ class CacheWriter:
         self.folder, self.transform = Path(folder).expanduser(), transform
         self.records = records
         self.pictures = records.first_of_each_picture()
+        clips = transform if transform is not None and records.clips else None
+        if clips and num_tokens is None:
+            raise ValueError(
+                "encoder: features of clips need an encoder that makes one number of tokens of every image"
+            )
         number_bytes = width * DTYPES[dtype].itemsize + (4 if dtype in QUANTIZED else 0)
         self.tokens_per_picture = (num_tokens or _mean_length(records, self.pictures)) * (1 + crops)
+        self.tokens_per_picture *= clips.frames if clips else 1
         self.picture_bytes = self.tokens_per_picture * number_bytes
         per_shard = max(1, int(shard_bytes / self.picture_bytes))
         fingerprint = hashlib.blake2b(digest_size=16)
@@ -101,6 +108,8 @@ class CacheWriter:
             "size": transform.size, "mean": list(transform.mean), "std": list(transform.std),
             "interpolation": transform.interpolation,
         }  # fmt: skip
+        if clips and preparation:
+            preparation |= {"frames": clips.frames, "frame_policy": clips.frame_policy}
         self.manifest = Manifest(
             encoder=dict(encoder),
             transform=preparation,
@@ -185,13 +194,13 @@ class CacheWriter:
 
         Args:
             encode: a frozen encoder: inputs and mask -> tokens float[B, N, Dv] and mask.
-            batch_size: views encoded at a time.
+            batch_size: views encoded at a time, each frame of a clip one.
 
         Raises:
             OSError: the disk is full, or cannot be written to.
         """
         mine, ids = self.missing[rank::world], list(self.pictures)
-        size = max(1, batch_size // self.manifest.views)
+        size = max(1, batch_size // (self.manifest.views * (self.manifest.transform or {}).get("frames", 1)))
         members = {number: self._members(number) for number in mine}
         batches = {n: [list(m[i : i + size]) for i in range(0, len(m), size)] for n, m in members.items()}
         if not mine:
@@ -256,14 +265,17 @@ class CacheWriter:
 
 
 class _Pictures(Dataset[Tensor | str]):
-    """Every picture's views float[V, 3, S, S], or features float[N, Dv]; the reason where it cannot be read."""
+    """Every picture's views float[V, 3, S, S], of a clip float[V, n, 3, S, S], or features float[N, Dv]; the reason where
+    it cannot be read.
+    """
 
     def __init__(self, writer: CacheWriter):
         self.records, self.transform, self.crops = writer.records, writer.transform, writer.manifest.crops
-        self.rows, self.width = list(writer.pictures.values()), writer.manifest.features["width"]
+        self.pictures, self.width = list(writer.pictures.items()), writer.manifest.features["width"]
 
     def __getitem__(self, picture: int) -> Tensor | str:
-        record = self.records[self.rows[picture]]
+        image_id, row = self.pictures[picture]
+        record = next(image for image in self.records[row].each_image() if image.image_id == image_id)
         key = picture_key(record.image_id) % 2**64
         draws = [np.random.default_rng([self.crops["seed"], CROPS, key, n]) for n in range(self.crops["count"])]
         try:
@@ -292,8 +304,9 @@ class _Shard:
         sound = [views for views in inputs if isinstance(views, Tensor)]
         if not sound:
             return
-        if sound[0].ndim == 4:
-            tokens, mask = encode(torch.cat(sound).to(device), None)
+        frames = [views.shape[1] if views.ndim == 5 else 1 for views in sound]
+        if sound[0].ndim > 3:
+            tokens, mask = encode(torch.cat([views.flatten(0, -4) for views in sound]).to(device), None)
         else:
             real = pad_sequence([torch.ones(len(s), dtype=torch.bool) for s in sound], batch_first=True)
             tokens, mask = encode(pad_sequence(sound, batch_first=True).to(device), real.to(device))
@@ -304,9 +317,9 @@ class _Shard:
         values, scales = quantize(flat, dtype)
         finite = (flat if dtype in QUANTIZED else values).isfinite().all(1).cpu()
         values, scales = values.cpu(), None if scales is None else scales.cpu()
-        each, start = self.manifest.views, 0
-        for n, image_id in enumerate(ids):
-            counts = lengths[n * each : (n + 1) * each]
+        taken, start = iter(lengths), 0
+        for n, image_id in zip(frames, ids, strict=True):  # the tokens of a clip's frames stand side by side
+            counts = [sum(itertools.islice(taken, n)) for _ in range(self.manifest.views)]
             there = slice(start, start + sum(counts))
             start = there.stop
             if not finite[there].all():

@@ -1,4 +1,4 @@
-"""Image folders: pictures with a metadata file, as `datasets` has them, or each with a .txt or .json of its name."""
+"""Image folders: pictures or clips with a metadata file, as `datasets` has them, or each with a .txt or .json of its name."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from qformer.data.records import Identity, Record, Table
+from qformer.data.records import Identity, Record, Table, is_clip
 from qformer.data.rows import METADATA, open_metadata
-from qformer.data.tars import PICTURES, record_of_files
+from qformer.data.tars import PICTURES, VIDEOS, record_of_files
 from qformer.messages import one_line
 
 if TYPE_CHECKING:
@@ -47,12 +47,18 @@ class Folder:
         return record_of_files(picture, texts, picture, self._base)
 
     text = read
+    several = None
 
-    def identities(self) -> Iterator[Identity]:
+    @property
+    def clips(self) -> bool:
+        """Whether some of its files are videos."""
+        return any(is_clip(os.fsdecode(name)) for name in self._pictures.to_pylist())
+
+    def identities(self) -> Iterator[tuple[Identity, ...]]:
         """The picture of every row."""
         for row in range(len(self)):
             record = self.read(row)
-            yield Identity(record.image, record.image_id, None)
+            yield (Identity(record.image, record.image_id),)
 
     def _path(self, row: int) -> str:
         return os.path.join(self.source, os.fsdecode(self._pictures[row].as_py()))
@@ -74,7 +80,7 @@ def open_folder(folder: str, base: str, key: str) -> Table:
     chunks = []
     for place, names in _walk(folder):
         there = set(names)
-        images = [name for name in names if os.path.splitext(name)[1].lower()[1:] in PICTURES]
+        images = [name for name in names if os.path.splitext(name)[1].lower()[1:] in (*PICTURES, *VIDEOS)]
         kept = [name for name in images if any(os.path.splitext(name)[0] + ending in there for ending in TEXTS)]
         alone += len(images) - len(kept)
         paths = [os.fsencode(os.path.join(place, name) if place != "." else name) for name in kept]

@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from qformer.data.cache import FeatureCache
 from qformer.data.captions import MAX_WORDS, Wording
+from qformer.data.clips import load_frames
 from qformer.data.order import Draw, GlobalBatches
 from qformer.data.records import BrokenRecord, Record, Records
 from qformer.data.transforms import ImageTransform, load_features, load_image
@@ -32,8 +33,9 @@ AUGMENTATION, REPLACEMENT = 1, 2
 class Sample(NamedTuple):
     """One record ready for a batch; `dropped` holds the reason of every broken record met on the way to it.
 
-    `image` is float[3, S, S], features are float[N, Dv]; None marks a broken record of an evaluation. `text` is what is to
-    be written, `prompt` what stands before it, None where the records say nothing of it.
+    `image` is float[3, S, S], features are float[N, Dv]; None marks a broken record of an evaluation. Of several images, or
+    frames of a clip, `image` is the first and `images` are all; equal `image_keys` are equal images. `text` is what is to be
+    written, `prompt` what stands before it, None where the records say nothing of it.
     """
 
     image: Tensor | None
@@ -46,6 +48,8 @@ class Sample(NamedTuple):
     captions: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     prompt: str | None = None
+    images: tuple[Tensor, ...] = ()
+    image_keys: tuple[str, ...] = ()
 
 
 class RecordDataset(Dataset[Sample]):
@@ -137,16 +141,26 @@ class RecordDataset(Dataset[Sample]):
         source = self.records.source_of(index) if isinstance(self.records, Records) else 0
         prompt, text = self.wordings[source].choose(record, rng)
         draw = rng if self.augment else None
+        images: list[Tensor] = []
+        keys: list[str] = []
+        for one in record.each_image():
+            frames = self._read_image(one, draw)
+            images += frames
+            keys += [f"{one.image_id}#{n}" for n in range(len(frames))]
+        sample = _describe(record, images[0], text, prompt=prompt)
+        keys = [] if draw is not None else keys  # every draw is another image
+        return sample._replace(images=tuple(images) if len(images) > 1 else (), image_keys=tuple(keys))
+
+    def _read_image(self, record: Record, draw: np.random.Generator | None) -> list[Tensor]:
+        """The image of a record of one, or the frames of its clip, or the features of either."""
         if self.features is None:
-            (image,) = load_input(record, self.transform, [draw], self.width)
-        else:
-            crops = self.features.manifest.views - 1
-            image = self.features.read(
-                self.features.id_of(record), 0 if draw is None or not crops else 1 + int(draw.integers(crops))
-            )
-            if not image.isfinite().all():
-                raise BrokenRecord(record.image, "its cached features have values that are NaN or infinite")
-        return _describe(record, image, text, prompt=prompt)
+            return frames_of(load_input(record, self.transform, [draw], self.width)[0])
+        crops, image_id = self.features.manifest.views - 1, self.features.id_of(record)
+        tokens = self.features.read(image_id, 0 if draw is None or not crops else 1 + int(draw.integers(crops)))
+        if not tokens.isfinite().all():
+            raise BrokenRecord(record.image, "its cached features have values that are NaN or infinite")
+        count = self.features.manifest.features["num_tokens"]
+        return list(tokens.split(count)) if record.clip and count else [tokens]
 
     def _warn(self, broken: BrokenRecord) -> None:
         if broken.image not in self._warned:
@@ -160,19 +174,27 @@ def load_input(
     draws: Sequence[np.random.Generator | None],
     width: int | None = None,
 ) -> list[Tensor]:
-    """A record as an encoder takes it: pixels float[3, S, S], one for each of `draws` (None = the whole picture).
+    """A record of one image as an encoder takes it, once for each of `draws` (None = the whole picture).
 
-    Without a transform the features float[N, Dv] of its file, once.
+    Pixels are float[3, S, S], of a clip float[n, 3, S, S]; without a transform the features float[N, Dv] of its file, once.
 
     Raises: BrokenRecord when it cannot be read, has features of another width, or holds bytes where a feature file is expected.
     """
     record.require_sound()
+    if transform is not None and record.clip:
+        frames = load_frames(record, transform.frames, transform.frame_policy, max_pixels=transform.max_pixels)
+        return [transform.apply_to_clip(frames, draw) for draw in draws]
     if transform is not None:
         image = load_image(record, transform.max_pixels)
         return [transform.apply(image, draw) for draw in draws]
     if record.image_bytes is not None:
         raise BrokenRecord(record.image, "the record holds bytes; expected the path of a feature file")
     return [load_features(record.image, width)]
+
+
+def frames_of(image: Tensor) -> list[Tensor]:
+    """The frames float[3, S, S] of a clip float[n, 3, S, S]; an image or features by themselves."""
+    return list(image) if image.ndim == 4 else [image]
 
 
 def _describe(
@@ -197,8 +219,10 @@ class Batch:
     """Samples side by side; `len(batch)` may be 0 in an evaluation, where broken records are only in `dropped`.
 
     Args:
-        images: float[B, 3, S, S] for pictures, float[B, N, Dv] padded with zeros for features.
-        image_mask: bool[B, N], True at features; None for pictures.
+        images: float[I, 3, S, S] for pictures, float[I, N, Dv] padded with zeros for features; each different one once.
+        image_mask: bool[I, N], True at features; None for pictures.
+        image_of: int64[B, K], the images of each sample in their order, -1 where it has fewer than K; None where each
+            has one, its own: then I = B.
         dropped: one reason for each broken record met.
         prompts: what stands before each text, None where the records say nothing of it; empty = None for all.
     """
@@ -214,31 +238,52 @@ class Batch:
     captions: list[tuple[str, ...]]
     dropped: list[str]
     prompts: list[str | None] = field(default_factory=list)
+    image_of: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on `device`."""
-        mask = None if self.image_mask is None else self.image_mask.to(device, non_blocking=non_blocking)
-        return replace(self, images=self.images.to(device, non_blocking=non_blocking), image_mask=mask)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Return the batch with its tensors in page-locked memory; the DataLoader calls it."""
-        mask = None if self.image_mask is None else self.image_mask.pin_memory()
-        return replace(self, images=self.images.pin_memory(), image_mask=mask)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        optional = {name: getattr(self, name) for name in ("image_mask", "image_of")}
+        changed: dict[str, Any] = {
+            name: None if tensor is None else change(tensor) for name, tensor in optional.items()
+        }
+        return replace(self, images=change(self.images), **changed)
+
+    def first(self, count: int) -> Batch:
+        """The first samples."""
+        lists: dict[str, Any] = {
+            f.name: value[:count] for f in fields(self) if isinstance(value := getattr(self, f.name), list)
+        }
+        if self.image_of is not None:  # their images may be anywhere
+            return replace(self, **lists, image_of=self.image_of[:count])
+        mask = None if self.image_mask is None else self.image_mask[:count]
+        return replace(self, **lists, images=self.images[:count], image_mask=mask)
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack pictures or pad features; samples without an image leave only their reasons.
+    """Stack pictures or pad features, each different one once; samples without an image leave only their reasons.
 
     Raises:
         ValueError: features of different widths.
     """
     kept = [sample for sample in samples if sample.image is not None]
-    images, mask = _stack([sample.image for sample in kept if sample.image is not None])
+    images: list[Tensor] = [sample.image for sample in kept if sample.image is not None]
+    image_of = None
+    if any(sample.images for sample in kept):
+        rows = [(s.images or (i,), s.image_keys) for s, i in zip(kept, images, strict=True)]
+        images, image_of = index_images(rows)
+    stacked, mask = _stack(images)
     return Batch(
-        images=images,
+        images=stacked,
         image_mask=mask,
         texts=[sample.text for sample in kept],
         image_ids=[sample.image_id for sample in kept],
@@ -249,7 +294,27 @@ def collate(samples: list[Sample]) -> Batch:
         captions=[sample.captions for sample in kept],
         dropped=[reason for sample in samples for reason in sample.dropped],
         prompts=[sample.prompt for sample in kept],
+        image_of=image_of,
     )
+
+
+def index_images(rows: Sequence[tuple[Sequence[Tensor], Sequence[Any]]]) -> tuple[list[Tensor], Tensor]:
+    """The different images of all rows, and which of them stand in each row: int64[R, K], -1 where it has fewer than K.
+
+    Args:
+        rows: the images of each row and their keys, equal for equal images; without keys all are different.
+    """
+    place: dict[Any, int] = {}
+    different: list[Tensor] = []
+    image_of = torch.full((len(rows), max(len(images) for images, _ in rows)), -1)
+    for row, (images, keys) in enumerate(rows):
+        for k, image in enumerate(images):
+            key = keys[k] if keys else (row, k)
+            if key not in place:
+                place[key] = len(different)
+                different.append(image)
+            image_of[row, k] = place[key]
+    return different, image_of
 
 
 def _stack(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:

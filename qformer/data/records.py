@@ -3,6 +3,8 @@
     {"image": "train/0001.jpg", "caption": "a dog on a beach"}
     {"image": "train/0001.jpg", "caption": ["a dog on a beach", "a dog runs"], "image_id": "17"}
     {"image": "train/0002.jpg", "question": "what is it?", "answers": ["a dog", "dog"], "question_id": "3"}
+    {"images": ["left.jpg", "right.jpg"], "question": "are both dogs?", "answers": ["yes"]}
+    {"image": "clip.mp4", "question": "what does the dog do?", "answers": ["it runs"]}
 
 Nothing here opens a picture: a record is checked for its form when it is read and for its content when it is used.
 """
@@ -20,11 +22,22 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+IMAGE_FIELDS = ("image", "images", "video")  # a record has one of them
 FIELDS = (
-    "image", "caption", "question", "answers", "choices", "image_id", "question_id", "question_type", "answer_type",
-    "split",
+    *IMAGE_FIELDS, "caption", "question", "answers", "choices", "image_id", "question_id", "question_type",
+    "answer_type", "split",
 )  # fmt: skip
+CLIPS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg")  # by these endings a file is a video
 LIST_AS_TEXT = re.compile(r'\[\s*"')  # `datasets` turns a list that follows megabytes of strings into its JSON text
+
+
+class Identity(NamedTuple):
+    """What tells a picture from others, without its text."""
+
+    name: str
+    image_id: str
+    content: bytes | None = None  # None for a file
+    clip: bool = False  # a video
 
 
 class BrokenRecord(ValueError):
@@ -41,18 +54,21 @@ class BrokenRecord(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One picture (or feature file) and the text that belongs to it.
+    """One picture (or clip, or feature file), or several, and the text that belongs to it.
 
     Args:
-        image: absolute path, or "SOURCE#ROW" where the picture travels inside the source (`image_bytes`).
+        image: absolute path, or "SOURCE#ROW" where the picture travels inside the source (`image_bytes`); the first of
+            several.
         image_id: equal for records of the same image; by default the path, relative to the folder that all sources lie
-            in (so that ids move with it), or a hash of the bytes.
+            in (so that ids move with it), or a hash of the bytes; of several, their ids in a row.
         question_id: of the type that the source has: servers want their numbers back.
         problem: why the source could not give this record.
         answer_type: of VQA v2: yes/no, number or other.
         split: as the source names it.
         number_id: the source has `image_id` as a number, as COCO does.
         choices: of a question with several to choose from, in their order; `answers` is then the text of the right one.
+        clip: the image is a video.
+        images: all of several images, in their order; () for one.
     """
 
     image: str
@@ -68,6 +84,25 @@ class Record:
     split: str | None = None
     number_id: bool = False
     choices: tuple[str, ...] = ()
+    clip: bool = False
+    images: tuple[Identity, ...] = field(default=(), repr=False)
+
+    def each_image(self) -> list[Record]:
+        """A record for each image by itself, under that image's own image_id."""
+        return [
+            replace(self, image=name, image_id=image_id, image_bytes=content, clip=clip, images=())
+            for name, image_id, content, clip in self.images
+        ] or [self]
+
+    @property
+    def names(self) -> str | list[str]:
+        """The name of the image, or those of several."""
+        return [image.name for image in self.images] or self.image
+
+    def without_bytes(self) -> Record:
+        """The record without the images that travel inside its source."""
+        images = tuple(image._replace(content=None) for image in self.images)
+        return replace(self, image_bytes=None, images=images)
 
     def require_sound(self) -> None:
         """Raise BrokenRecord when the source could not give this record."""
@@ -75,19 +110,21 @@ class Record:
             raise BrokenRecord(self.image, self.problem)
 
 
-class Identity(NamedTuple):
-    """What tells a picture from others, without its text."""
-
-    name: str
-    image_id: str
-    content: bytes | None  # None for a file
-
-
 class Table(Protocol):
     """The records of one source, in an order that does not change; it goes to the workers by pickle."""
 
     @property
     def source(self) -> str: ...
+
+    @property
+    def several(self) -> int | None:
+        """The first row that names more than one image, None where none does."""
+        ...
+
+    @property
+    def clips(self) -> bool:
+        """Whether some row may name a video."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -99,8 +136,8 @@ class Table(Protocol):
         """As `read`, but the image need not be there; its id may then be another."""
         ...
 
-    def identities(self) -> Iterator[Identity]:
-        """The picture of every row, in order."""
+    def identities(self) -> Iterator[tuple[Identity, ...]]:
+        """The pictures of every row, in order."""
         ...
 
 
@@ -133,10 +170,21 @@ class Records:
     def text(self, index: int) -> Record:
         """The record without the bytes of its image, so that all of them fit in memory."""
         table, row = self._place(index)
-        return replace(table.text(row), image_bytes=None)
+        return table.text(row).without_bytes()
+
+    @property
+    def clips(self) -> bool:
+        """Whether some record may name a video."""
+        return any(table.clips for table in self._tables)
+
+    def require_single(self, why: str) -> None:
+        """Raises: ValueError when a record names more than one image."""
+        for table in self._tables:
+            if table.several is not None:
+                raise ValueError(f"{table.source}: record {table.several} (from 0) names several images; {why}")
 
     def first_of_each_picture(self) -> dict[str, int]:
-        """The first record of every `image_id`, in order; reads the pictures that travel inside the sources.
+        """The first record of every image's `image_id`, in order; reads the pictures that travel inside the sources.
 
         Raises:
             ValueError: records of one image_id name different files.
@@ -144,13 +192,14 @@ class Records:
         firsts: dict[str, tuple[int, str]] = {}
         index = 0
         for table in self._tables:
-            for name, image_id, content in table.identities():
-                _, first = firsts.setdefault(image_id, (index, name))
-                if content is None and first != name:
-                    raise ValueError(
-                        f"{table.source}: image_id {image_id!r} is that of {first} and of {name}; "
-                        "give every image its own, or leave image_id out"
-                    )
+            for images in table.identities():
+                for name, image_id, content, _ in images:
+                    _, first = firsts.setdefault(image_id, (index, name))
+                    if content is None and first != name:
+                        raise ValueError(
+                            f"{table.source}: image_id {image_id!r} is that of {first} and of {name}; "
+                            "give every image its own, or leave image_id out"
+                        )
                 index += 1
         return {image_id: first for image_id, (first, _) in firsts.items()}
 
@@ -179,11 +228,21 @@ def identify(name: str, content: bytes | None, image_id: Any, base: str = "") ->
         image_id = hashlib.blake2b(content, digest_size=16).hexdigest()
     elif image_id is None:
         image_id = name.removeprefix(os.path.join(base, "")) if base else name
-    return Identity(name, str(image_id), content)
+    return Identity(name, str(image_id), content, is_clip(name))
 
 
-def build_record(identity: Identity, fields: Mapping[str, Any]) -> Record:
-    """The record of an image and the schema's fields; its `problem` names a field that is of another type."""
+def is_clip(name: str) -> bool:
+    """Whether a file is a video, by its ending."""
+    return os.path.splitext(name)[1].lower() in CLIPS
+
+
+def build_record(images: Sequence[Identity], fields: Mapping[str, Any]) -> Record:
+    """The record of its images and the schema's fields; its `problem` names a field that is of another type."""
+    identity, several = images[0], tuple(images) if len(images) > 1 else ()
+    if several:
+        image_id = fields.get("image_id")
+        whole = " ".join(image.image_id for image in images) if image_id is None else str(image_id)
+        identity = Identity(identity.name, whole)
     try:
         captions = tuple(text for text in texts_of("caption", fields.get("caption")) if text)
         answers = texts_of("answers", fields.get("answers"))  # an empty one counts
@@ -203,6 +262,8 @@ def build_record(identity: Identity, fields: Mapping[str, Any]) -> Record:
         split=_string(fields.get("split")),
         number_id=isinstance(fields.get("image_id"), int),
         choices=choices,
+        clip=identity.clip,
+        images=several,
     )
 
 

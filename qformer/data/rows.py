@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qformer.data.records import FIELDS, Identity, Record, build_record, identify
+from qformer.data.columns import choose_fields, image_columns
+from qformer.data.records import CLIPS, IMAGE_FIELDS, Identity, Record, build_record, identify, is_clip
 from qformer.messages import one_line
 
 if TYPE_CHECKING:
@@ -25,10 +26,8 @@ logger = logging.getLogger(__name__)
 
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 METADATA = {"metadata.jsonl": "json", "metadata.csv": "csv", "metadata.parquet": "parquet"}  # of an image folder
-# How image folders and WebDataset name what the schema calls otherwise.
 HASHED_BYTES = 64 << 20  # larger files are told apart by size and time alone
 RECODE = "save it as UTF-8, for instance by iconv -f WINDOWS-1252 -t UTF-8"
-ALIASES = {"image": ("file_name", "jpg", "jpeg", "png", "webp"), "caption": ("text", "txt")}
 
 
 @dataclass(frozen=True)
@@ -55,30 +54,62 @@ class Rows:
         fields = self.rows[row]
         return build_record(self._identify(fields, row), fields)
 
+    @cached_property
+    def several(self) -> int | None:
+        """The first row that names more than one image."""
+        import pyarrow.compute as pc
+
+        if "images" not in self.rows.column_names:
+            return None
+        counts = pc.fill_null(pc.list_value_length(self.rows.data.column("images")), 0).to_numpy()
+        if self.rows._indices is not None:  # one split of the file
+            counts = counts[self.rows._indices.column(0).to_numpy()]
+        return int((counts > 1).argmax()) if (counts > 1).any() else None
+
+    @cached_property
+    def clips(self) -> bool:
+        """Whether a row names a video."""
+        import pyarrow.compute as pc
+
+        if "video" in self.rows.column_names:
+            return True
+        endings = rf"(?i)({'|'.join(map(re.escape, CLIPS))})$"
+        paths = [parts["path"] for _, parts, _ in image_columns(self.rows) if "path" in parts]
+        return any(pc.any(pc.match_substring_regex(path, endings)).as_py() for path in paths)
+
     def text(self, row: int) -> Record:
         """The record of a row; images inside the table are not read, so that their pages stay on the disk."""
-        if "image" in self._texts.column_names:
+        if self._texts is self.rows:
             return self.read(row)
         fields, name = self._texts[row], f"{self.source}#{row}"
-        return build_record(identify(name, None, fields.get("image_id", name), self.base), fields)
+        return build_record([identify(name, None, fields.get("image_id", name), self.base)], fields)
 
     @cached_property
     def _texts(self) -> datasets.Dataset:
-        return self.rows.remove_columns("image") if "bytes" in _image_columns(self.rows) else self.rows
+        inside = [name for name, parts, _ in image_columns(self.rows) if "bytes" in parts]
+        return self.rows.remove_columns(inside) if inside else self.rows
 
-    def identities(self) -> Iterator[Identity]:
-        """The picture of every row; pictures inside the table are read."""
-        columns = [name for name in ("image", "image_id") if name in self.rows.column_names]
+    def identities(self) -> Iterator[tuple[Identity, ...]]:
+        """The pictures of every row; pictures inside the table are read."""
+        columns = [name for name in (*IMAGE_FIELDS, "image_id") if name in self.rows.column_names]
         row = 0
         for batch in self.rows.select_columns(columns).iter(batch_size=256):
             for values in zip(*batch.values(), strict=True):
                 yield self._identify(dict(zip(batch, values, strict=True)), row)
                 row += 1
 
-    def _identify(self, fields: dict[str, Any], row: int) -> Identity:
-        path, content = picture_of(fields["image"])
-        name = self.resolve(str(path)) if content is None else f"{self.source}#{row}"
-        return identify(name, content, fields.get("image_id"), self.base)
+    def _identify(self, fields: dict[str, Any], row: int) -> tuple[Identity, ...]:
+        video = fields.get("video")
+        images = fields.get("images") or [fields.get("image") if video is None else video]
+        image_id = fields.get("image_id") if len(images) == 1 else None  # of several it is the record's
+        places = [f"{self.source}#{row}" + (f".{n}" if n else "") for n in range(len(images))]
+        identities = []
+        for place, image in zip(places, images, strict=True):
+            path, content = picture_of(image)
+            name = self.resolve(str(path)) if content is None else place
+            clip = video is not None or is_clip(str(path or ""))
+            identities.append(identify(name, content, image_id, self.base)._replace(clip=clip))
+        return tuple(identities)
 
     def resolve(self, path: str) -> str:
         """Return the absolute path of a picture; the check is lexical, so links inside the folder may lead out."""
@@ -161,7 +192,7 @@ def _checked(source: str, rows: datasets.Dataset, folder: str | None, *, confine
     if len(rows) == 0:
         raise ValueError(f"{key}: {source} holds no records")
     rows = choose_fields(rows, source)
-    if folder is None and "bytes" not in _image_columns(rows):
+    if folder is None and not any("bytes" in parts for _, parts, _ in image_columns(rows)):
         raise ValueError(f"{key}: {source} names its pictures by path; give the root that the paths start from")
     table = Rows(source, rows, os.path.abspath(os.path.expanduser(folder or "")), confined, base)
     _check_encoding(table, key)
@@ -226,113 +257,32 @@ def _read_hub(name: str, split: str | None, key: str) -> datasets.Dataset:
         ) from error
 
 
-def columns_of(names: list[str]) -> dict[str, str]:
-    """What each field of the schema that is there is called."""
-    columns = {field: field for field in FIELDS if field in names}
-    for field, aliases in ALIASES.items():
-        there = [alias for alias in aliases if alias in names]
-        if there and field not in columns and not (field == "caption" and "question" in columns):
-            columns[field] = there[0]
-    return columns
-
-
-def choose_fields(rows: datasets.Dataset, source: str) -> datasets.Dataset:
-    """Return the table reduced to the fields of the schema, pictures undecoded.
-
-    Raises: ValueError naming the field that is missing or of the wrong type.
-    """
-    import datasets
-
-    for name, column in columns_of(rows.column_names).items():
-        if name != column:
-            rows = rows.rename_column(column, name)
-            logger.info("%s: its field %r is read as %r", source, column, name)
-    if isinstance(rows.features.get("image"), datasets.Image):
-        rows = rows.cast_column("image", datasets.Image(decode=False))
-
-    features = {name: kind for name, kind in rows.features.items() if kind != datasets.Value("null")}
-    others = [name for name in rows.features if name not in FIELDS]
-    needed = ("image", "caption", "question")  # of the others, only a likely slip is worth a word
-    cutoffs = {name: 0.6 if name in needed else 0.8 for name in FIELDS if name not in features}
-    alike = {name: difflib.get_close_matches(name, others, n=1, cutoff=cutoff) for name, cutoff in cutoffs.items()}
-    hints = {name: f"; did you mean {near[0]!r}?" if near else "" for name, near in alike.items()}
-    columns = ", ".join(rows.column_names)
-    if "image" not in features:
-        raise ValueError(f"{source} has no field 'image'{hints['image']} (it has {columns})")
-    if "caption" not in features and "question" not in features:
-        hint = hints["caption"] or hints["question"]
-        raise ValueError(f"{source} has neither a field 'caption' nor 'question'{hint} (it has {columns})")
-    if "question" in features and "answers" not in features and alike["answers"]:
-        raise ValueError(f"{source} has no field 'answers'{hints['answers']} (it has {columns})")
-    for name, near in alike.items():
-        if near and name not in needed:
-            logger.warning("%s has no field %r and its field %r is not read", source, name, near[0])
-
-    expected = {"image": "a path or a picture", "caption": "a string or a list of strings", "question": "a string"}
-    expected |= {"answers": "a list of strings, or of objects with 'answer'", "choices": "a list of strings"}
-    for name in [name for name in FIELDS if name in features]:
-        if not _fits(name, features[name]):
-            what = expected.get(name, "a string or a number")
-            raise ValueError(f"{source}: field {name!r} is {features[name]}; expected {what}, the same in every record")
-    return rows.select_columns([name for name in FIELDS if name in features])
-
-
-def _fits(name: str, kind: Any) -> bool:
-    import datasets
-
-    def is_text(kind: Any) -> bool:
-        return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
-
-    is_texts = isinstance(kind, (datasets.List, datasets.LargeList)) and (
-        is_text(kind.feature) or kind.feature == datasets.Value("null")
-    )
-    if name == "image":
-        is_struct = isinstance(kind, dict) and bool(kind.keys() & {"bytes", "path"})
-        is_bytes = isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
-        return is_text(kind) or is_bytes or is_struct or isinstance(kind, datasets.Image)
-    if name == "question":
-        return is_text(kind)
-    if name in ("caption", "answers", "choices"):
-        is_mixed = isinstance(kind, datasets.Json)  # strings in one record and lists in another: see `texts_of`
-        is_official = name == "answers" and isinstance(kind, datasets.List) and _has_answer(kind.feature)
-        return is_text(kind) or is_texts or is_mixed or is_official
-    return isinstance(kind, (datasets.Value, datasets.Json))  # ids may mix numbers and strings
-
-
-def _has_answer(kind: Any) -> bool:
-    import datasets
-
-    return isinstance(kind, datasets.Json) or (isinstance(kind, dict) and "answer" in kind)
-
-
-def _image_columns(rows: datasets.Dataset) -> dict[str, pyarrow.ChunkedArray]:
-    """Return the columns "path" and "bytes" of the pictures, those of them that the table has."""
-    import pyarrow
-    import pyarrow.compute as pc
-
-    column = rows.data.column("image")
-    if pyarrow.types.is_struct(column.type):
-        parts = {child.name: pc.struct_field(column, child.name) for child in column.type}
-        return {name: parts[name] for name in ("path", "bytes") if name in parts and parts[name].type != pyarrow.null()}
-    return {"bytes" if "binary" in str(column.type) else "path": column}
-
-
 def _check_images(table: Rows) -> None:
     """Find the first record without an image or with a path that may not be used, on whole columns at a time."""
     import pyarrow.compute as pc
 
-    parts = _image_columns(table.rows)
-    embedded = pc.is_valid(parts["bytes"]).to_numpy() if "bytes" in parts else np.zeros(len(table.rows), dtype=bool)
-    named = np.zeros_like(embedded)
-    if "path" in parts:
-        named = pc.fill_null(pc.greater(pc.binary_length(parts["path"]), 0), False).to_numpy()
-    if not (embedded | named).all():
-        raise ValueError(f"{table.source}: record {(embedded | named).argmin()} (from 0) has no 'image'")
-    if "path" in parts:
-        suspicious = r"(^|[/\\])\.\.([/\\]|$)|://" + (r"|^([/\\]|[A-Za-z]:)" if table.confined else "")
-        matches = pc.fill_null(pc.match_substring_regex(parts["path"], suspicious), False).to_numpy()
-        for row in np.flatnonzero(matches & ~embedded):  # beside bytes a path is only a name
-            table.resolve(parts["path"][int(row)].as_py())
+    there = np.zeros(len(table.rows), dtype=np.int64)  # in how many fields
+    for name, parts, row_of in image_columns(table.rows):
+        embedded = pc.is_valid(parts["bytes"]).to_numpy() if "bytes" in parts else np.zeros(len(row_of), dtype=bool)
+        named = np.zeros_like(embedded)
+        if "path" in parts:
+            named = pc.fill_null(pc.greater(pc.binary_length(parts["path"]), 0), False).to_numpy()
+        absent = row_of[~(embedded | named)]
+        if name == "images" and len(absent):
+            raise ValueError(f"{table.source}: record {absent[0]} (from 0) has an empty entry in its 'images'")
+        there += np.bincount(np.unique(row_of[embedded | named]), minlength=len(there))
+        if "path" in parts:
+            suspicious = r"(^|[/\\])\.\.([/\\]|$)|://" + (r"|^([/\\]|[A-Za-z]:)" if table.confined else "")
+            matches = pc.fill_null(pc.match_substring_regex(parts["path"], suspicious), False).to_numpy()
+            for i in np.flatnonzero(matches & ~embedded):  # beside bytes a path is only a name
+                table.resolve(parts["path"][int(i)].as_py())
+    if not there.all():
+        raise ValueError(f"{table.source}: record {there.argmin()} (from 0) has no 'image'")
+    if there.max() > 1:
+        raise ValueError(
+            f"{table.source}: record {there.argmax()} (from 0) has more than one of {', '.join(IMAGE_FIELDS)}; name all "
+            "of its images in 'images'"
+        )
 
 
 def _check_encoding(table: Rows, key: str) -> None:

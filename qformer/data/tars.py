@@ -2,8 +2,8 @@
 
     00000.tar: 000000001.jpg 000000001.txt 000000001.json 000000002.jpg ...
 
-Files next to each other whose names are equal up to the first dot are one record: its picture, its caption (.txt) and
-the schema's other fields (.json, whose "caption" stands in for a missing .txt). Nothing is ever unpacked to a disk.
+Files next to each other whose names are equal up to the first dot are one record: its picture or clip, its caption
+(.txt) and the schema's other fields (.json, whose "caption" stands in for a missing .txt). Nothing is ever unpacked to a disk.
 
 The index is made once, by reading every tar's headers, and kept with the cache of `datasets`: eight bytes a record, one
 file for each tar and one for all, which is mapped into memory. Processes that make it at the same time share the work.
@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qformer.data.addresses import Files, find_files
-from qformer.data.records import Identity, Record, build_record, identify
+from qformer.data.records import CLIPS, Identity, Record, build_record, identify
 from qformer.files import atomic_file
 from qformer.messages import one_line
 
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+VIDEOS = tuple(ending[1:] for ending in CLIPS)
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 SAY_EVERY_S = 30.0
 # What a .json may say, and of which type; the rest of it is not read.
@@ -90,12 +91,18 @@ class Tars:
         return record_of_files(f"{path}#{key}", members)
 
     text = read
+    several = None
 
-    def identities(self) -> Iterator[Identity]:
+    @property
+    def clips(self) -> bool:
+        """Whether one of the first records is a video."""
+        return any(self.read(row).clip for row in range(min(TRIED, len(self))))
+
+    def identities(self) -> Iterator[tuple[Identity, ...]]:
         """The picture of every row; all of the tars are read."""
         for row in range(len(self)):
             record = self.read(row)
-            yield Identity(record.image, record.image_id, record.image_bytes or b"")
+            yield (Identity(record.image, record.image_id, record.image_bytes or b"", record.clip),)
 
 
 def record_of_files(name: str, files: dict[str, bytes], picture: str | None = None, base: str = "") -> Record:
@@ -105,7 +112,8 @@ def record_of_files(name: str, files: dict[str, bytes], picture: str | None = No
         picture: path of the picture where it is a file by itself; otherwise it is one of `files`.
         base: the folder that image_ids of such paths are relative to.
     """
-    content = next((files[ending] for ending in PICTURES if ending in files), None)
+    ending = next((ending for ending in (*PICTURES, *VIDEOS) if ending in files), "")
+    content = files.get(ending)
     try:
         if content is None and picture is None:
             raise ValueError(f"it has no picture ({', '.join(PICTURES)}), only {', '.join(files) or 'nothing'}")
@@ -124,7 +132,8 @@ def record_of_files(name: str, files: dict[str, bytes], picture: str | None = No
             )
     except (ValueError, RecursionError) as error:  # of json.loads too
         return Record(name, name, problem=one_line(error))
-    return build_record(identify(picture or name, content, fields.get("image_id"), base), fields)
+    identity = identify(picture or name, content, fields.get("image_id"), base)
+    return build_record([identity._replace(clip=identity.clip or ending in VIDEOS)], fields)
 
 
 def decode_text(content: bytes, name: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,6 +162,7 @@ class ImageTransform:
         crop_scale: share of the area that a random crop keeps, smallest and largest.
         flip: mirror every second image at random, in training only.
         max_pixels: larger images are broken records, see `load_image`.
+        frames, frame_policy: how many frames stand for a clip, and which, see `load_frames`.
 
     Raises:
         ValueError: a size below 1, an unknown interpolation, a crop_scale outside 0 < smallest <= largest <= 1.
@@ -176,6 +177,8 @@ class ImageTransform:
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
     max_pixels: int | None = None
+    frames: int = 8
+    frame_policy: str = "uniform"
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -184,6 +187,13 @@ class ImageTransform:
             raise ValueError(f"interpolation={self.interpolation!r}: expected one of {', '.join(RESAMPLING)}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={self.crop_scale}: expected 0 < smallest <= largest <= 1")
+
+    def apply_to_clip(self, frames: Sequence[Image.Image], rng: np.random.Generator | None = None) -> Tensor:
+        """The pixels of a clip's frames, float[n, 3, S, S], all cropped and mirrored alike."""
+        seed = None if rng is None else int(rng.integers(2**63))
+        return torch.stack(
+            [self.apply(frame, None if seed is None else np.random.default_rng(seed)) for frame in frames]
+        )
 
     def apply(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
         """Return the pixels, float[3, S, S]: the whole image without `rng`, a random crop and flip with it."""

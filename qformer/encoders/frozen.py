@@ -15,6 +15,20 @@ class Features(NamedTuple):
     tokens: Tensor
     mask: Tensor | None
 
+    def side_by_side(self, image_of: Tensor | None) -> "Features":
+        """The tokens of every row's images as those of one, float[R, K * N, Dv].
+
+        Args:
+            image_of: int64[R, K], the images of each row, -1 where it has fewer than K; None = one image a row, as it is.
+        """
+        if image_of is None:
+            return self
+        there, rows = image_of >= 0, image_of.clamp(min=0)
+        mask = there[..., None].expand(*there.shape, self.tokens.shape[1])
+        if self.mask is not None:
+            mask = mask & self.mask[rows]
+        return Features(self.tokens[rows].flatten(1, 2), None if bool(mask.all()) else mask.flatten(1))
+
 
 @dataclass(frozen=True)
 class InputTransform:

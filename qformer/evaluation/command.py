@@ -202,7 +202,7 @@ def _write_json(
         {
             task.id_field: task.identify(record),
             task.output_field: output,
-            "image": record.image,
+            "image": record.names,
             **task.describe(record),
             **(next(each, {}) if task.has_reference(record) else {}),
         }

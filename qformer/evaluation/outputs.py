@@ -78,7 +78,7 @@ class OutputFile:
 
     def _asked(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        return {"image": record.image, self.task.id_field: self.task.identify(record), "question": record.question}
+        return {"image": record.names, self.task.id_field: self.task.identify(record), "question": record.question}
 
     def _row(self, item: tuple[int, Any]) -> bytes:
         index, output = item

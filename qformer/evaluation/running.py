@@ -24,8 +24,13 @@ from qformer.launch import require_all_ranks
 GATHER_TIMEOUT = datetime.timedelta(hours=6)  # a rank that is done waits for the slowest
 
 
-class Images(Dataset[tuple[int, Tensor | str]]):
-    """The image of each of the `indices`, float[3, S, S] or features float[N, Dv]; a str is why it cannot be read."""
+NamedImages = list[tuple[str, Tensor]]  # a record's images, each under a name that equal ones share
+
+
+class Images(Dataset[tuple[int, NamedImages | str]]):
+    """The images of each of the `indices`, float[3, S, S] (a clip float[n, 3, S, S]) or features float[N, Dv]; a str is why
+    one cannot be read.
+    """
 
     def __init__(self, records: Chosen, indices: Sequence[int], transform: ImageTransform | None):
         self.records, self.indices, self.transform = records, indices, transform
@@ -33,10 +38,11 @@ class Images(Dataset[tuple[int, Tensor | str]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, position: int) -> tuple[int, NamedImages | str]:
         index = self.indices[position]
         try:
-            return index, load_input(self.records[index], self.transform, [None])[0]
+            images = self.records[index].each_image()
+            return index, [(image.image, load_input(image, self.transform, [None])[0]) for image in images]
         except BrokenRecord as broken:
             return index, str(broken)
 
@@ -79,7 +85,7 @@ def compute_outputs(
         total = -(-len(mine) // batch_size)
         hidden = not (state.is_main_process and sys.stderr.isatty())
         for batch in track(batches or _without(mine, batch_size), "answering", total, disable=hidden):
-            images = _shared(batch, texts) if batches else None
+            images = _shared(batch) if batches else None
             asked = [i for i, image in batch if not isinstance(image, str)]
             broken |= {i: image for i, image in batch if isinstance(image, str)}
             if asked:
@@ -115,7 +121,8 @@ def _without(indices: Sequence[int], batch_size: int) -> Iterator[list[tuple[int
         yield [(i, None) for i in indices[start : start + batch_size]]
 
 
-def _shared(batch: list[tuple[int, Tensor | str]], texts: Sequence[Record]) -> list[Tensor]:
+def _shared(batch: list[tuple[int, NamedImages | str]]) -> list[list[Tensor]]:
     """The images that could be read; records of one file get one tensor, which is then encoded once."""
     first: dict[str, Tensor] = {}
-    return [first.setdefault(texts[i].image, image) for i, image in batch if not isinstance(image, str)]
+    rows = [images for _, images in batch if not isinstance(images, str)]
+    return [[first.setdefault(*named) for named in images] for images in rows]

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from qformer.language.frozen import FrozenLanguageModel, Prompt
+from qformer.language.visual import VisualRows
 from qformer.text import IGNORE_INDEX, encode, mask_context, pad_rows, split_prompt
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,12 @@ class DecoderOnly(FrozenLanguageModel):
         return context, [*target_ids, self._end_id][:max_target_tokens]
 
     def _logits_and_labels(
-        self, visual_prompt: Tensor | None, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
+        self, visual: VisualRows, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
     ) -> tuple[Tensor, Tensor]:
-        embeds, mask = self._join(visual_prompt, before, [context + target for context, target in rows])
-        queries = 0 if visual_prompt is None else visual_prompt.shape[1]
+        embeds, mask = self._join(visual, before, [context + target for context, target in rows])
         label_rows = [
-            [IGNORE_INDEX] * (len(ids) + queries) + mask_context(*row) for ids, row in zip(before, rows, strict=True)
+            [IGNORE_INDEX] * (len(ids) + n) + mask_context(*row)
+            for n, ids, row in zip(visual.lengths, before, rows, strict=True)
         ]
         next_labels = pad_rows(label_rows, IGNORE_INDEX, width=embeds.shape[1])[0][:, 1:]
         positions = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
@@ -91,11 +92,11 @@ class DecoderOnly(FrozenLanguageModel):
         return {"past_key_values": cache}
 
     def _start(
-        self, visual_prompt: Tensor | None, before: list[list[int]], prompts: list[Prompt]
+        self, visual: VisualRows, before: list[list[int]], prompts: list[Prompt]
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         # The next token is read off the last position, and nothing stands between visual prompt and text.
         ids = [self._opening_ids(prompt) for prompt in prompts]
-        return self._join(visual_prompt, before, ids, pads_first=True)
+        return self._join(visual, before, ids, pads_first=True)
 
     def _opening_ids(self, prompt: Prompt) -> list[int]:
         if self.chat is not None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qformer.language.frozen import FrozenLanguageModel, Prompt
+from qformer.language.visual import VisualRows
 from qformer.text import IGNORE_INDEX, encode, pad_rows
 
 
@@ -46,9 +47,9 @@ class EncoderDecoder(FrozenLanguageModel):
         return self.facts.bos_ids + encode(self.tokenizer, str(prompt)) + end
 
     def _logits_and_labels(
-        self, visual_prompt: Tensor | None, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
+        self, visual: VisualRows, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
     ) -> tuple[Tensor, Tensor]:
-        embeds, mask = self._join(visual_prompt, before, [context for context, _ in rows])
+        embeds, mask = self._join(visual, before, [context for context, _ in rows])
         targets = [target for _, target in rows]
         labels, _ = pad_rows(targets, IGNORE_INDEX)
         decoder_ids, _ = pad_rows([[self._start_id, *target[:-1]] for target in targets], self.facts.pad_id)
@@ -67,6 +68,6 @@ class EncoderDecoder(FrozenLanguageModel):
         ).logits[:, -1]
 
     def _start(
-        self, visual_prompt: Tensor | None, before: list[list[int]], prompts: list[Prompt]
+        self, visual: VisualRows, before: list[list[int]], prompts: list[Prompt]
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return self._join(visual_prompt, before, [self._framed(prompt) for prompt in prompts])
+        return self._join(visual, before, [self._framed(prompt) for prompt in prompts])

@@ -18,6 +18,7 @@ from qformer.language.chat import Chat
 from qformer.language.limits import Limits
 from qformer.language.rereading import rereading
 from qformer.language.trial import find_problem, heeds_mask
+from qformer.language.visual import VisualRows
 from qformer.messages import one_line
 from qformer.text import IGNORE_INDEX, encode, pad_rows, probe_tokenizer
 
@@ -116,6 +117,7 @@ class FrozenLanguageModel(nn.Module, ABC):
         targets: Sequence[str],
         *,
         max_target_tokens: int = 32,
+        visual_mask: Tensor | None = None,
     ) -> LanguageLoss:
         """Cross-entropy of each target after its visual prompt and text prompt; not smoothed.
 
@@ -124,6 +126,7 @@ class FrozenLanguageModel(nn.Module, ABC):
             prompts: B texts that the loss does not cover; "" for none.
             targets: B texts to predict; a line end (decoder-only) or EOS (encoder-decoder) is appended.
             max_target_tokens: longer targets are cut; what begins or ends a text counts, as in the reference.
+            visual_mask: bool[B, Q], True at the visual prompt, False where a row has fewer images; None = all of it.
 
         Raises: ValueError when a row needs more positions or other token ids than the model has.
         """
@@ -131,25 +134,22 @@ class FrozenLanguageModel(nn.Module, ABC):
         _require_list(targets, "targets")
         assert len(prompts) == len(targets)
         assert max_target_tokens >= 1
-        _check_visual_prompt(visual_prompt, len(prompts), self.width)
+        visual = VisualRows.of(visual_prompt, visual_mask, len(prompts), self.width)
         rows = [self._row(*pair, max_target_tokens) for pair in zip(prompts, targets, strict=True)]
         before = [self._before(prompt) for prompt in prompts]
-        self._require_room(visual_prompt, before, rows)
-        lengths = {len(b) + len(row[0]) for b, row in zip(before, rows, strict=True)}
+        self._limits.require_room(visual.lengths, before, rows)
+        lengths = {n + len(b) + len(row[0]) for n, b, row in zip(visual.lengths, before, rows, strict=True)}
         # What an encoder reads may be padded only if it heeds the mask; after a decoder's text nothing sees the padding.
         if self.is_encoder_decoder and len(lengths) > 1 and not self._try_padding():
-            alone = [
-                self._sum(None if visual_prompt is None else visual_prompt[i : i + 1], before[i : i + 1], [row])
-                for i, row in enumerate(rows)
-            ]
+            alone = [self._sum(visual.row(i), before[i : i + 1], [row]) for i, row in enumerate(rows)]
             totals, tokens = zip(*alone, strict=True)
             return LanguageLoss(torch.stack(totals).sum(), torch.stack(tokens).sum())
-        return self._sum(visual_prompt, before, rows)
+        return self._sum(visual, before, rows)
 
     def _sum(
-        self, visual_prompt: Tensor | None, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
-    ) -> LanguageLoss:  # fmt: skip
-        logits, labels = self._logits_and_labels(visual_prompt, before, rows)
+        self, visual: VisualRows, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
+    ) -> LanguageLoss:
+        logits, labels = self._logits_and_labels(visual, before, rows)
         labels = labels.to(logits.device)
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
         return LanguageLoss(losses.sum(1).sum(), (labels != IGNORE_INDEX).sum(1).sum())
@@ -177,6 +177,7 @@ class FrozenLanguageModel(nn.Module, ABC):
         num_return: int = 1,
         repetition_penalty: float = 1.0,
         no_repeat_ngram_size: int = 0,
+        visual_mask: Tensor | None = None,
     ) -> list[str]:
         """Continue each prompt up to EOS, a line end or `max_new_tokens`; a batch gives what each row alone gives.
 
@@ -188,13 +189,14 @@ class FrozenLanguageModel(nn.Module, ABC):
             num_return: texts per row, best first.
             repetition_penalty: above 1, tokens that the text already holds become less likely; the prompt does not count.
             no_repeat_ngram_size: no run of so many tokens occurs twice in a text; 0 = any may.
+            visual_mask: as of `loss`.
 
         Returns: B * num_return texts without their prompts, the texts of a row next to each other.
         Raises: PromptTooLong; ValueError for a search that cannot give `num_return` texts, or a row with nothing to start
             from.
         """
         _require_list(prompts, "prompts")
-        _check_visual_prompt(visual_prompt, len(prompts), self.width)
+        visual = VisualRows.of(visual_prompt, visual_mask, len(prompts), self.width)
         if not do_sample and num_return > num_beams:
             raise ValueError(
                 f"num_return={num_return} with num_beams={num_beams}: a search keeps one text per beam; "
@@ -214,7 +216,7 @@ class FrozenLanguageModel(nn.Module, ABC):
             **self._special_ids,
             **settings,
         )
-        embeds, mask = self._start(visual_prompt, [self._before(p) for p in prompts], list(prompts))
+        embeds, mask = self._start(visual, [self._before(p) for p in prompts], list(prompts))
         self._limits.require_positions(embeds.shape[1], max_new_tokens, "prompt and answer may take")
         groups = (
             [slice(None)] if bool(mask.all()) or self._try_padding() else [slice(i, i + 1) for i in range(len(mask))]
@@ -305,18 +307,6 @@ class FrozenLanguageModel(nn.Module, ABC):
             f"llm.max_target_tokens={max_target_tokens} take",
         )  # fmt: skip
 
-    def _require_room(
-        self, visual_prompt: Tensor | None, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
-    ) -> None:
-        self._limits.require_ids([b + context + target for b, (context, target) in zip(before, rows, strict=True)])
-        queries = 0 if visual_prompt is None else visual_prompt.shape[1]
-        read = queries + max(len(b) + len(context) for b, (context, _) in zip(before, rows, strict=True))
-        if self.is_encoder_decoder:
-            self._limits.require_positions(read, max(len(target) for _, target in rows), "prompt and target take")
-        else:
-            longest = max(len(b) + len(c) + len(t) for b, (c, t) in zip(before, rows, strict=True))
-            self._limits.require_positions(queries + longest, 0, "prompt and target take")
-
     def _turns(self, prompt: Prompt) -> list[str]:
         return [prompt] if isinstance(prompt, str) else list(prompt)
 
@@ -334,7 +324,7 @@ class FrozenLanguageModel(nn.Module, ABC):
         return text.split("\n")[0].strip()
 
     def _join(
-        self, visual_prompt: Tensor | None, before: list[list[int]], ids: list[list[int]], *, pads_first: bool = False
+        self, visual: VisualRows, before: list[list[int]], ids: list[list[int]], *, pads_first: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Rows [before][visual prompt][text] without a gap, as float[B, L, Dl], and their mask bool[B, L].
 
@@ -342,7 +332,7 @@ class FrozenLanguageModel(nn.Module, ABC):
                           [v v a .]                      [. v v a]
         """
         device = self._embedding.weight.device
-        if visual_prompt is None:
+        if visual.prompt is None:
             ids = [b + text for b, text in zip(before, ids, strict=True)]
             if not all(ids):
                 raise ValueError(
@@ -351,13 +341,14 @@ class FrozenLanguageModel(nn.Module, ABC):
                 )
         text_ids, mask = (rows.to(device) for rows in pad_rows(ids, self.facts.pad_id))
         embeds = self.embed(text_ids)
-        if visual_prompt is not None:
-            visual_mask = mask.new_ones(visual_prompt.shape[:2])
-            embeds, mask = torch.cat([visual_prompt.to(embeds), embeds], 1), torch.cat([visual_mask, mask], 1)
+        if visual.prompt is not None:
+            visual_mask = mask.new_ones(visual.prompt.shape[:2]) if visual.mask is None else visual.mask.to(device)
+            embeds, mask = torch.cat([visual.prompt.to(embeds), embeds], 1), torch.cat([visual_mask, mask], 1)
             if any(before):
                 first, first_mask = (rows.to(device) for rows in pad_rows(before, self.facts.pad_id))
                 embeds, mask = torch.cat([self.embed(first), embeds], 1), torch.cat([first_mask, mask], 1)
-        if not pads_first and (visual_prompt is None or len({len(b) for b in before}) == 1):
+        gapless = visual.prompt is None or (visual.mask is None and len({len(b) for b in before}) == 1)
+        if not pads_first and gapless:
             return embeds, mask
         order = mask.int().argsort(dim=1, descending=not pads_first, stable=True)
         return embeds.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)
@@ -376,7 +367,7 @@ class FrozenLanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def _logits_and_labels(
-        self, visual_prompt: Tensor | None, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
+        self, visual: VisualRows, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
     ) -> tuple[Tensor, Tensor]:
         """float[B, T, V] and the int64[B, T] they should predict, for the positions some row has a target at."""
 
@@ -385,16 +376,10 @@ class FrozenLanguageModel(nn.Module, ABC):
         """float[B, V] of the first token that follows rows float[B, L, Dl] with mask bool[B, L]."""
 
     @abstractmethod
-    def _start(
-        self, visual_prompt: Tensor | None, before: list[list[int]], prompts: list[Prompt]
-    ) -> tuple[Tensor, Tensor]:
+    def _start(self, visual: VisualRows, before: list[list[int]], prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
         """float[B, L, Dl] and bool[B, L] to generate from."""
 
 
 def _require_list(texts: Sequence[Prompt], name: str) -> None:
     if isinstance(texts, str):
         raise ValueError(f"{name}={texts[:40]!r} is one text; expected a list of them, one a row: [{texts[:40]!r}]")
-
-
-def _check_visual_prompt(visual_prompt: Tensor | None, rows: int, width: int) -> None:
-    assert visual_prompt is None or (visual_prompt.shape[0], visual_prompt.shape[2]) == (rows, width)

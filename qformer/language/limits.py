@@ -72,6 +72,22 @@ class Limits:
                 "llm.id to a model that was saved with its own tokenizer"
             )
 
+    def require_room(
+        self, visual: list[int], before: list[list[int]], rows: list[tuple[list[int], list[int]]]
+    ) -> None:  # fmt: skip
+        """Raises: ValueError when rows need more positions or other token ids than the model has.
+
+        Args:
+            visual: positions of each row's visual prompt.
+            before: ids in front of it; rows: ids that are read after it, and ids that are predicted.
+        """
+        self.require_ids([b + context + target for b, (context, target) in zip(before, rows, strict=True)])
+        read = [n + len(b) + len(context) for n, b, (context, _) in zip(visual, before, rows, strict=True)]
+        written = [len(target) for _, target in rows]
+        if not self.config.is_encoder_decoder:
+            read, written = [sum(pair) for pair in zip(read, written, strict=True)], [0]
+        self.require_positions(max(read), max(written), "prompt and target take")
+
     def require_positions(self, read: int, written: int, what: str) -> None:
         """Raises: PromptTooLong when `read` positions before a text, and `written` of it, are more than the model has."""
         needs = [("encoder", "source", read), ("decoder", "target", written)]
@@ -82,5 +98,6 @@ class Limits:
             positions = next((p for name in names if isinstance(p := getattr(self.config, name, None), int)), length)
             if 0 < positions < length:
                 raise PromptTooLong(
-                    f"{what} {length} positions; the language model has {positions} (llm.id={self.name!r})"
+                    f"{what} {length} positions; the language model has {positions} (llm.id={self.name!r}): give it a "
+                    "shorter text, fewer images or fewer frames"
                 )

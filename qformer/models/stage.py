@@ -1,13 +1,14 @@
 """The interface of a training stage: what `fit`, `validate`, `tuning` and the doctor call, and all that they call."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qformer.data import Batch
-from qformer.encoders import FrozenEncoder
+from qformer.data import Batch, Record, Records
+from qformer.encoders import Features, FrozenEncoder
 from qformer.models.gradcache import CachedStep
 
 Text = TypeVar("Text")
@@ -56,6 +57,13 @@ class Stage(nn.Module, ABC, Generic[Text]):
     def frozen(self) -> dict[str, nn.Module]:
         """The frozen models by the names of their config sections."""
         return {"encoder": self.encoder}
+
+    def require_records(self, records: Records | Sequence[Record]) -> None:
+        """Raises: ValueError when this stage cannot train on the records of a run."""
+
+    def encode(self, batch: Batch) -> Features:
+        """Frozen features of the batch's images, each once."""
+        return self.encoder(batch.images, batch.image_mask)
 
     def use_training_kernels(self, device: torch.device, mixed_precision: str) -> None:
         """Choose what computes the frozen models while the adapter trains; called once, before they move to `device`."""

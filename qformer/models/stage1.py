@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qformer.data import Batch
+from qformer.data import Batch, Record, Records
 from qformer.distributed import world_size
 from qformer.encoders import Features, FrozenEncoder
 from qformer.metrics.queries import describe_queries
@@ -282,6 +282,16 @@ class Stage1(Stage[TextTokens]):
         self.max_text_tokens, self.itc_batch_size = max_text_tokens, itc_batch_size
         encoder.output_dtype = None  # as computed: what crosses ranks is then half the bytes of float32
 
+    def require_records(self, records: Records | Sequence[Record]) -> None:
+        if isinstance(records, Records):
+            records.require_single(
+                "stage 1 learns what belongs to one image (or clip): give each image its own record, or train stage 2"
+            )
+
+    def encode(self, batch: Batch) -> Features:
+        """Frozen features of each row; the tokens of a clip's frames are side by side."""
+        return super().encode(batch).side_by_side(batch.image_of)
+
     def tokenize(self, texts: list[str]) -> TextTokens:
         """Tokens of the texts, padded to the longest."""
         return tokenize(self.tokenizer, texts, next(self.adapter.parameters()).device, self.max_text_tokens)
@@ -316,7 +326,7 @@ class Stage1(Stage[TextTokens]):
     def _compare_group(self, group: list[Prepared[TextTokens]]) -> list[Prepared[TextTokens]]:
         adapter = self.adapter
         seeds = torch.randint(2**62, (len(group),)).tolist()
-        features = [self.encoder(p.batch.images, p.batch.image_mask) for p in group]
+        features = [self.encode(p.batch) for p in group]
         embeds = [
             adapter.embed_for_contrast(f, p.text, seed) for f, p, seed in zip(features, group, seeds, strict=True)
         ]
@@ -335,7 +345,7 @@ class Stage1(Stage[TextTokens]):
         self, prepared: Prepared[TextTokens], targets_per_rank: Tensor, adapter: nn.Module | None = None
     ) -> Output:  # fmt: skip
         batch, cached = prepared.batch, prepared.cached
-        features = self.encoder(batch.images, batch.image_mask) if cached is None else cached.features
+        features = self.encode(batch) if cached is None else cached.features
         output: Output = (self.adapter if adapter is None else adapter)(
             features, prepared.text, keys=self._keys(prepared), targets_per_rank=targets_per_rank,
             seed=prepared.seed, cached=cached,

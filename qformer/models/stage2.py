@@ -111,19 +111,32 @@ class Stage2(Stage[PromptsAndTargets]):
         """float[R, Q, Dl] of a frozen encoder's features and R prompts, which only an instructed Q-Former reads.
 
         Args:
-            rows: int64[R], the image of each prompt; None = one each.
+            rows: int64[R], the image of each prompt; None = one each. int64[R, K] for several, whose visual prompts
+                stand one after the other, float[R, K * Q, Dl]; -1 where a row has fewer, see `visual_mask`.
         """
         return self._ask_queries(features, prompts, rows=rows)[0]
+
+    def visual_mask(self, rows: Tensor | None) -> Tensor | None:
+        """bool[R, K * Q], True where the `visual_prompt` of `rows` is an image's; None = everywhere."""
+        if rows is None or rows.ndim == 1:
+            return None
+        return (rows >= 0).repeat_interleave(self.adapter.qformer.query_tokens.shape[1], 1)
 
     def _ask_queries(
         self, features: Features, prompts: list[str], adapter: nn.Module | None = None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         device = next(self.adapter.parameters()).device
         text = None if self.tokenizer is None else tokenize(self.tokenizer, prompts, device)
-        output: tuple[Tensor, Tensor] = (self.adapter if adapter is None else adapter)(
-            features.tokens, features.mask, text, rows
-        )
-        return output
+        adapter = self.adapter if adapter is None else adapter
+        if rows is None or rows.ndim == 1:
+            output: tuple[Tensor, Tensor] = adapter(features.tokens, features.mask, text, rows)
+            return output
+        row, place = (rows >= 0).nonzero(as_tuple=True)
+        text = None if text is None else TextTokens(text.ids[row], text.mask[row])
+        each, query_output = adapter(features.tokens, features.mask, text, rows[row, place])
+        visual_prompt = each.new_zeros(*rows.shape, *each.shape[1:])
+        visual_prompt[row, place] = each
+        return visual_prompt.flatten(1, 2), query_output
 
     def prepare(self, batch: Batch, seed: int) -> Prepared[PromptsAndTargets]:
         """Choose prompts and targets: a text after its own prompt, or after `prompt`, for an encoder-decoder in two parts."""
@@ -143,19 +156,22 @@ class Stage2(Stage[PromptsAndTargets]):
         self, prepared: Prepared[PromptsAndTargets], targets_per_rank: Tensor, adapter: nn.Module | None = None
     ) -> Output:  # fmt: skip
         prompts, targets = prepared.text
-        features = self.encoder(prepared.batch.images, prepared.batch.image_mask)
-        visual_prompt, query_output = self._ask_queries(features, prompts, adapter)
-        lm = self.llm.loss(visual_prompt, prompts, targets, max_target_tokens=self.max_target_tokens)
+        rows = prepared.batch.image_of
+        visual_prompt, query_output = self._ask_queries(self.encode(prepared.batch), prompts, adapter, rows)
+        lm = self.llm.loss(
+            visual_prompt, prompts, targets, max_target_tokens=self.max_target_tokens,
+            visual_mask=self.visual_mask(rows),
+        )  # fmt: skip
         loss = lm.total / targets_per_rank
         return Output(loss, {"lm": loss.detach(), **describe_queries(query_output)})
 
     def sample(self, prepared: Prepared[PromptsAndTargets], count: int = 4) -> list[dict[str, str]]:
-        batch = prepared.batch
-        mask = None if batch.image_mask is None else batch.image_mask[:count]
-        prompts = [self.prompt if p is None else p for p in batch.prompts[:count] or [None] * len(batch.images[:count])]
-        visual_prompt = self.visual_prompt(self.encoder(batch.images[:count], mask), prompts)
+        batch = prepared.batch.first(count)
+        prompts = [self.prompt if p is None else p for p in batch.prompts or [None] * len(batch)]
+        visual_prompt = self.visual_prompt(self.encode(batch), prompts, batch.image_of)
         with torch.autocast(visual_prompt.device.type, enabled=False):
             texts = self.llm.generate(
-                visual_prompt.float(), prompts, num_beams=1, max_new_tokens=self.sample_max_new_tokens
-            )
+                visual_prompt.float(), prompts, num_beams=1, max_new_tokens=self.sample_max_new_tokens,
+                visual_mask=self.visual_mask(batch.image_of),
+            )  # fmt: skip
         return [{"generated": g, "caption": c} for g, c in zip(texts, batch.texts, strict=False)]
