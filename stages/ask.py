@@ -2,6 +2,8 @@
 
 python stages/ask.py runs/s2/adapter photo.jpg "what colour is the car?" "how many wheels?"
 python stages/ask.py runs/s2/adapter photo.jpg        # a conversation; an empty line ends it
+python stages/ask.py runs/s2/adapter left.jpg "are both cars red?" --also right.jpg
+python stages/ask.py runs/s2/adapter clip.mp4 "what happens?"    # pip install 'qformer[video]'
 """
 
 import argparse
@@ -16,8 +18,11 @@ from qformer.environment import prepare_environment
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("adapter", help="stage 2's run folder or its adapter folder, or a hub id")
-    parser.add_argument("picture", help="an image (or a feature file, if the adapter was trained on features)")
+    parser.add_argument("picture", help="an image or a clip (or a feature file, if the adapter was trained on them)")
     parser.add_argument("question", nargs="*", help="questions; none = a conversation")
+    parser.add_argument(
+        "--also", action="append", default=[], help="one more image of the same question; may come again"
+    )
     parser.add_argument("--sample", action="store_true", help="sample (nucleus 0.9) instead of beam search")
     parser.add_argument("--num-beams", type=int, help="beams of the search (default: llm.num_beams)")
     parser.add_argument("--device", help="where to run, e.g. cpu or cuda:1 (default: an accelerator if there is one)")
@@ -30,8 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     from qformer.launch import reported_errors
 
     with reported_errors():
-        if not Path(args.picture).is_file():
-            raise ValueError(f"no picture {args.picture}")
+        pictures = [args.picture, *args.also]
+        if missing := [picture for picture in pictures if not Path(picture).is_file()]:
+            raise ValueError(f"no picture {missing[0]}")
         if args.num_beams is not None and args.num_beams < 1:
             raise ValueError(f"--num-beams {args.num_beams}: expected 1 or more")
         if args.prompt is not None and (problem := prompt_problem(args.prompt or " ")):
@@ -40,13 +46,13 @@ def main(argv: list[str] | None = None) -> None:
         generation: dict[str, Any] = {"do_sample": True, "num_beams": 1} if args.sample else {}
         generation |= {} if args.num_beams is None else {"num_beams": args.num_beams}
         if args.question:
-            for answer in model.answer([args.picture], args.question, prompt=args.prompt, **generation):
+            for answer in model.answer([pictures], args.question, prompt=args.prompt, **generation):
                 _print(answer)
             return
-        _print(model.caption([args.picture], **generation)[0])
+        _print(model.caption([pictures], **generation)[0])
         turns: list[tuple[str, str]] = []
         while question := _read_line():
-            answer = _answer(model, args.picture, question, turns=turns, settings={"prompt": args.prompt, **generation})
+            answer = _answer(model, pictures, question, turns=turns, settings={"prompt": args.prompt, **generation})
             _print(answer)
             turns.append((question, answer))
 
@@ -57,13 +63,15 @@ def _print(answer: str) -> None:
         print("(the answer is empty: the language model ended it at once)", file=sys.stderr)
 
 
-def _answer(model: Any, picture: str, question: str, *, turns: list[tuple[str, str]], settings: dict[str, Any]) -> str:
+def _answer(
+    model: Any, pictures: list[str], question: str, *, turns: list[tuple[str, str]], settings: dict[str, Any]
+) -> str:
     """Answer after the conversation so far; its oldest turns are forgotten when it grows too long."""
     from qformer.language import PromptTooLong
 
     while True:
         try:
-            return model.answer([picture], [question], history=turns, **settings)[0]
+            return model.answer([pictures], [question], history=turns, **settings)[0]
         except PromptTooLong:
             if not turns:
                 raise

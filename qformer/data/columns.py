@@ -127,5 +127,7 @@ def image_columns(rows: datasets.Dataset) -> Iterator[tuple[str, dict[str, Any],
         parts = {"bytes" if "binary" in str(column.type) else "path": column}
         if pyarrow.types.is_struct(column.type):
             parts = {child.name: pc.struct_field(column, child.name) for child in column.type}
-        kept = {n: parts[n] for n in ("path", "bytes") if n in parts and parts[n].type != pyarrow.null()}
+        kept: dict[str, Any] = {
+            n: parts[n] for n in ("path", "bytes") if n in parts and parts[n].type != pyarrow.null()
+        }
         yield name, kept, np.repeat(np.arange(len(counts)), counts)
