@@ -82,7 +82,7 @@ class Record:
     problem: str | None = None
     answer_type: str | None = None
     split: str | None = None
-    number_id: bool = False
+    number_id: bool = field(default=False, compare=False)
     choices: tuple[str, ...] = ()
     clip: bool = False
     images: tuple[Identity, ...] = field(default=(), repr=False)

@@ -181,7 +181,7 @@ class Search:
         with Passing("encoding images", len(images), shown=rank() == 0) as passing:
             for number, batch in zip(todo, batches, strict=True):
                 broken |= {i: image for i, image in batch if isinstance(image, str)}
-                sound = {i: image for i, image in batch if not isinstance(image, str)}
+                sound = {i: [image for _, image in row] for i, row in batch if not isinstance(row, str)}
                 if sound:
                     features = self.model.encode(list(sound.values()))
                     numbers = torch.tensor(list(sound), device=self.device)

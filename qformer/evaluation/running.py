@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qformer.data import BrokenRecord, Record
+from qformer.data import BrokenRecord
 from qformer.data.loading import load_input, start_worker
 from qformer.data.transforms import ImageTransform
 from qformer.distributed import gather_objects

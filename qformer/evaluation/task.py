@@ -55,7 +55,7 @@ class Task:
         lacks: what a record lacks to be asked in a mode, in words; None = nothing.
         has_reference: whether an output for the record can be scored.
         ask: the outputs of a `VisionLanguageModel` for records in a mode; images are as `VisionLanguageModel.read`
-            returns them, a list of each record\'s, None in modes without; keywords go to `generate`. None where there is a `search`.
+            returns them, a list of each record's, None in modes without; keywords go to `generate`. None where there is a `search`.
         search: the outputs of an adapter for all records at once, where each depends on all; it returns what
             `compute_outputs` does, and keeps in a folder what a stopped one goes on from.
         score: outputs of records that all have references, by a rule.
