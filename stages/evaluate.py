@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--submit", type=Path, help="write the answers as official servers take them")
     parser.add_argument("--batch-size", type=int, default=64, help="records of a rank at a time (64)")
     parser.add_argument("--workers", type=int, default=2, help="processes of a rank that read images (2)")
+    parser.add_argument(
+        "--similarity", metavar="ADAPTER", help="stage-1 adapter that compares captions with images too"
+    )
     parser.add_argument("--device", help="as cpu, cuda; default: the accelerator, if there is one")
     args = vars(parser.parse_intermixed_args(argv))
     options = {name: args.pop(name) for name, _, _ in protocol_options()}

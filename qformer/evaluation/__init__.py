@@ -3,9 +3,9 @@
 Nothing here imports torch but `running.py`, so that files of predictions are scored without it.
 """
 
-from qformer.evaluation import retrieval, vqa
+from qformer.evaluation import captions, retrieval, vqa
 from qformer.evaluation.task import Scores, Task
 
-TASKS: dict[str, Task] = {"vqa": vqa.TASK, "retrieval": retrieval.TASK}
+TASKS: dict[str, Task] = {"vqa": vqa.TASK, "caption": captions.TASK, "retrieval": retrieval.TASK}
 
 __all__ = ["TASKS", "Scores", "Task"]

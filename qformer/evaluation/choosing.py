@@ -77,8 +77,9 @@ def lack_of_use(task: Task, texts: Sequence[Record], *, submitted: bool, written
         unnamed = next((record for record in texts if task.identify(record) is None), None)
         return None if unnamed is None else f"{unnamed.image}: its record has no {task.id_field}, which --submit needs"
     if not written and not any(map(task.has_reference, texts)):
+        elsewhere = " (VQA's lie in a file of annotations: name it beside its questions)"
         return (
-            "no record has answers to score by (VQA's lie in a file of annotations: name it beside its questions); "
+            f"no record has {task.reference_noun} to score by{elsewhere if task.id_field == 'question_id' else ''}; "
             "write the model's with --submit FILE or --json FILE"
         )
     return None

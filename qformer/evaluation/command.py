@@ -14,6 +14,8 @@ from qformer.config import Protocol
 from qformer.data import Record, read_records
 from qformer.evaluation import TASKS, Scores, Task
 from qformer.evaluation.choosing import Chosen, choose, lack_of_use
+from qformer.evaluation.comparing import NAME as SIMILARITY
+from qformer.evaluation.comparing import Similarity, compare_outputs
 from qformer.evaluation.outputs import OutputFile, read_predictions, write_submission
 from qformer.evaluation.task import OPTIONS
 from qformer.files import atomic_file
@@ -22,7 +24,7 @@ from qformer.files import atomic_file
 def evaluate(
     paths: Sequence[str], protocol: Protocol, *, predictions: Path | None = None, root: str | None = None,
     limit: int | None = None, answers: Path | None = None, json_file: Path | None = None, submit: Path | None = None,
-    batch_size: int = 64, workers: int = 2, device: str | None = None,
+    batch_size: int = 64, workers: int = 2, device: str | None = None, similarity: str | None = None,
 ) -> None:  # fmt: skip
     """Ask an adapter, or take `predictions`, score the outputs, print the scores and write what is asked for.
 
@@ -33,6 +35,7 @@ def evaluate(
         json_file: scores and every output.
         submit: outputs alone, as official servers take them.
         workers: processes of each rank that read images.
+        similarity: a stage-1 adapter, by which images and captions are compared as well.
 
     Raises: ValueError when a record lacks what the task needs, an option or a file does not fit.
     """
@@ -49,35 +52,34 @@ def evaluate(
     texts = chosen.texts
     if lack := lack_of_use(kind, texts, submitted=submit is not None, written=bool(answers or json_file)):
         raise ValueError(lack)
+    if any(map(kind.has_reference, texts)):
+        kind.require(rule)
+    if similarity and kind.compare is None:
+        raise ValueError(f"--similarity compares images with captions; the outputs of task {protocol.task} are none")
     broken: list[str] = []
+    run: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": device}
     if predictions:
         outputs = read_predictions(predictions, kind, texts, partly=limit is not None)
     else:
-        made_of: dict[str, Any] = {
-            "task": protocol.task,
-            "mode": mode,
-            "adapter": _fingerprint(adapter),
-            "split": protocol.split,
-        }
-        made_of |= {key: generation.get(key) for key in kind.options}
+        made_of: dict[str, Any] = {"task": protocol.task, "mode": mode, "adapter": _fingerprint(adapter)}
+        made_of |= {"split": protocol.split, **{key: generation.get(key) for key in kind.options}}
         made_of["records"] = [os.path.abspath(s) if os.path.exists(s) else s for s in sources]
-        run: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": device}
-        if kind.search is not None:
-            results = kind.search(adapter, chosen, rule=rule, folder=answers, made_of=made_of, **run, **generation)
-        else:
-            from qformer.evaluation.running import compute_outputs  # only now what imports torch
-
-            file = OutputFile(answers, kind, texts, made_of) if answers else None
-            results = compute_outputs(adapter, kind, chosen, mode=mode, file=file, generation=generation, **run)
+        results = _compute(adapter, kind, chosen, mode=mode, rule=rule, answers=answers, made_of=made_of,
+                           generation=generation, run=run)  # fmt: skip
         if results is None:
             return  # not the first rank
         outputs, broken = results
         if len(broken) == len(texts):
             raise ValueError(f"no image could be read, the first: {broken[0]}")
+    alike = compare_outputs(similarity, kind, chosen, outputs, **run) if similarity else None
+    if (alike or not predictions) and not _is_first_rank():
+        return
     if submit:
         write_submission(submit, kind, texts, outputs)
     scores = _score(kind, texts, outputs, rule)
     _report(kind, chosen, scores, broken=broken, source=str(predictions) if predictions else mode)
+    if alike:
+        print(alike)
     if protocol.reported:
         print(f"reported: {' '.join(protocol.reported.split())}")
     if json_file:
@@ -87,7 +89,25 @@ def evaluate(
             "predictions": predictions and str(predictions),
         }
         head |= {"protocol": {key: value for key, value in asdict(protocol).items() if value is not None}}
-        _write_json(json_file, head, kind, texts, outputs=outputs, scores=scores, dropped=len(broken))
+        _write_json(json_file, head, kind, texts, outputs=outputs, scores=scores, alike=alike, dropped=len(broken))
+
+
+def _compute(
+    adapter: str, task: Task, chosen: Chosen, *,
+    mode: str, rule: str, answers: Path | None, made_of: dict[str, Any], generation: dict[str, Any], run: dict[str, Any],
+) -> tuple[list[Any], list[str]] | None:  # fmt: skip
+    if task.search is not None:
+        return task.search(adapter, chosen, rule=rule, folder=answers, made_of=made_of, **run, **generation)
+    from qformer.evaluation.running import compute_outputs  # only now what imports torch
+
+    file = OutputFile(answers, task, chosen.texts, made_of) if answers else None
+    return compute_outputs(adapter, task, chosen, mode=mode, file=file, generation=generation, **run)
+
+
+def _is_first_rank() -> bool:
+    from qformer.evaluation.running import is_first_rank
+
+    return is_first_rank()
 
 
 def _generation(task: Task, protocol: Protocol) -> dict[str, Any]:
@@ -179,7 +199,7 @@ def _report(task: Task, chosen: Chosen, scores: Scores | None, *, broken: list[s
     if broken:
         warnings.append(f"{len(broken)} broken images were left out, the first: {broken[0]}")
     if unscored := sum(not task.has_reference(record) for record in texts):
-        warnings.append(f"{unscored} of {len(texts)} records have no answers to score by")
+        warnings.append(f"{unscored} of {len(texts)} records have no {task.reference_noun} to score by")
     if chosen.without_split:
         warnings.append(f"{chosen.without_split} records name no split: they were taken as the protocol's")
     ids = Counter(i for i in map(task.identify, texts) if i is not None)
@@ -195,8 +215,9 @@ def _report(task: Task, chosen: Chosen, scores: Scores | None, *, broken: list[s
 
 def _write_json(
     path: Path, head: dict[str, Any], task: Task, texts: Sequence[Record], *, outputs: Sequence[Any],
-    scores: Scores | None, dropped: int,
+    scores: Scores | None, alike: Similarity | None, dropped: int,
 ) -> None:  # fmt: skip
+    more = [{SIMILARITY: value} for value in alike.values] if alike else [{} for _ in texts]
     each = iter(scores.each if scores else ())
     results = [
         {
@@ -205,8 +226,9 @@ def _write_json(
             "image": record.names,
             **task.describe(record),
             **(next(each, {}) if task.has_reference(record) else {}),
+            **extra,
         }
-        for record, output in zip(texts, outputs, strict=True)
+        for record, output, extra in zip(texts, outputs, more, strict=True)
         if output is not None
     ]
     if scores:
@@ -219,5 +241,7 @@ def _write_json(
             head |= {"n_by_type": {name: n for name, (_, n) in scores.groups.items()}}
     else:
         head |= {"scores": {}, "n": 0, task.rule_field: None}
+    if alike:
+        head["similarity"] = {"adapter": alike.adapter, "mean": alike.mean, "n": alike.n}
     with atomic_file(path) as scratch:
         scratch.write_text(json.dumps(head | {"dropped": dropped, "results": results}, indent=1))

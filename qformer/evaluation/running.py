@@ -47,6 +47,11 @@ class Images(Dataset[tuple[int, NamedImages | str]]):
             return index, str(broken)
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that scores, prints and writes."""
+    return PartialState().is_main_process
+
+
 def start_ranks(device: str | None) -> PartialState:
     """This process among those that were launched, alone without a launcher.
 
@@ -61,8 +66,8 @@ def start_ranks(device: str | None) -> PartialState:
 def compute_outputs(
     adapter: str, task: Task, chosen: Chosen, *,
     mode: str, file: OutputFile | None, batch_size: int, workers: int, device: str | None, generation: dict[str, Any],
-) -> tuple[list[Any], list[str]] | None:  # fmt: skip
-    """The output for each of the records, None where the image cannot be read, and why; None on ranks but the first.
+) -> tuple[list[Any], list[str]]:  # fmt: skip
+    """The output for each of the records, None where the image cannot be read, and why; the same on every rank.
 
     Args:
         file: where outputs are kept while they are computed, and those of an earlier try taken from.
@@ -98,9 +103,7 @@ def compute_outputs(
     for others, reasons in gather_objects((outputs, broken)):
         outputs |= others
         broken |= reasons
-    if not state.is_main_process:
-        return None
-    if file:
+    if file and state.is_main_process:
         file.save(outputs)
     return [outputs.get(i) for i in range(len(texts))], [broken[i] for i in sorted(broken)]
 

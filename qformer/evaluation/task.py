@@ -63,6 +63,9 @@ class Task:
         options: keys of a protocol that the task reads, beside those that all do; they go to `ask` or `search`.
         noun: what is counted, in the plural.
         rule_field: what a rule is: "rule" or "tokenizer".
+        reference_noun: what records are scored by, in the plural.
+        require: raises when what computes the metric by a rule is not installed.
+        compare: similarities of outputs and images by a stage-1 `VisionLanguageModel`; None = outputs are no captions.
         by_image: records of one image are asked as one, which has the captions of all.
         id_name, output_name: what official results call them where not as `id_field` and `output_field`.
     """
@@ -80,6 +83,9 @@ class Task:
     options: tuple[str, ...] = GENERATION
     noun: str = "questions"
     rule_field: str = "rule"
+    reference_noun: str = "answers"
+    require: Callable[[str], None] = lambda rule: None
+    compare: Callable[..., list[float]] | None = None  # (model, outputs, images)
     by_image: bool = False
     id_name: str | None = None
     output_name: str | None = None
