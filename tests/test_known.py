@@ -260,9 +260,8 @@ def test_published_files_are_sources_of_records_too(name, tmp_path):
         assert record.captions == tuple(first.get("caption", ()))
         assert record.answers == tuple(first.get("answers", ()))
         assert record.question_id == first.get("question_id")
-        assert record.image_id == str(
-            first.get("image_id") or first.get("image") or first.get("video") or " ".join(first["images"])
-        )
+        name = first.get("image") or first.get("video") or " ".join(first["images"])
+        assert record.image_id == str(first.get("image_id", name))
         assert record.answer_type == first.get("answer_type")
 
 
@@ -294,6 +293,9 @@ def test_record_files_are_no_published_files(tmp_path):
     rows = [{"image": "a.jpg", "question": "q?", "answers": [{"answer": "x"}], "caption": ["a", "b"], "question_id": 1}]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     (tmp_path / "lines.jsonl").write_text(json.dumps(rows[0]))
+    (tmp_path / "labels.jsonl").write_text(json.dumps({"image": "a.jpg", "text": "a dog", "label": "yes"}))
+    assert recognise(tmp_path / "labels.jsonl") is None, "not POPE"
+    assert read_records([str(tmp_path / "labels.jsonl")]).text(0).captions == ("a dog",)
     assert recognise(tmp_path / "list.json") is None
     assert recognise(tmp_path / "lines.jsonl") is None
     assert read_records([str(tmp_path / "list.json")]).text(0).answers == ("x",)
@@ -329,7 +331,7 @@ def test_the_command_writes_splits_and_a_config_and_says_which_images_are_missin
     printed = capsys.readouterr()
     for split in ("train", "restval", "test"):
         assert f"{split}.jsonl: 1 records" in printed.out
-    assert "2 images are not there, the first is" in printed.err
+    assert "of 2 records the image is not there, the first is" in printed.err
     row = json.loads((tmp_path / "out" / "test.jsonl").read_text())
     assert row["image"] == str(images / "COCO_val2014_000000391895.jpg")
     assert row["image_id"] == 391895

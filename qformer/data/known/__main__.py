@@ -56,7 +56,7 @@ def _report(out: Path, written: Written) -> None:
         print(f"{out / f'{split}.jsonl'}: {count} records")
     if written.missing:
         print(
-            f"warning: {written.missing} images are not there, the first is {written.first_missing}; "
+            f"warning: of {written.missing} records the image is not there, the first is {written.first_missing}; "
             "unpack them there, or name their folder with --images", file=sys.stderr,
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from qformer.data.known.reading import File, stream_json
 
+# Fields enough that no record file of somebody's own has them all.
 # By the first item of a list under a top-level key ("" where the file is one list): the fields that tell the format.
 _ITEMS: dict[str, dict[str, tuple[str, ...]]] = {
     "images": {"karpathy": ("sentences", "filename", "split")},
@@ -17,7 +18,7 @@ _ITEMS: dict[str, dict[str, tuple[str, ...]]] = {
         "vg_regions": ("regions", "id"),
         "vg_questions": ("qas", "id"),
         "vg_images": ("image_id", "url", "coco_id"),
-        "aokvqa": ("question_id", "choices", "image_id"),
+        "aokvqa": ("question_id", "choices", "difficult_direct_answer"),
         "vizwiz": ("image", "question", "answerable"),
         "video_questions": ("video_id", "question", "answer"),
     },
@@ -25,7 +26,7 @@ _ITEMS: dict[str, dict[str, tuple[str, ...]]] = {
 # An object by id under every top-level key.
 _ENTRIES = {"gqa": ("imageId", "question"), "scienceqa": ("choices", "question", "split", "subject")}
 # An object a line.
-_LINES = {"pope": ("text", "label", "image"), "nlvr2": ("sentence", "identifier")}
+_LINES = {"pope": ("text", "label", "image", "question_id"), "nlvr2": ("sentence", "identifier")}
 
 
 def recognise(file: File) -> str | None:

@@ -26,7 +26,7 @@ NO_SPLIT = "records"  # the name of the file of records that have no split
 
 @dataclass
 class Written:
-    """What was written: records by the name of their file, images that are not where the records say."""
+    """What was written: records by the name of their file, and those whose image is not where they say."""
 
     counts: Counter[str] = field(default_factory=Counter)
     missing: int = 0
@@ -84,7 +84,7 @@ def _note_missing(row: Row, out: Path, written: Written) -> None:
     missing = [path for path in (out / name for name in names) if not path.is_file()]
     if missing:
         written.first_missing = written.first_missing or str(missing[0])
-    written.missing += len(missing)
+        written.missing += 1
 
 
 def _write_config(out: Path, files: dict[str, str]) -> None:
