@@ -233,10 +233,30 @@ def test_records_that_do_not_fit_a_rule_are_named(row, rule, message, tmp_path, 
     assert message in refused("evaluate", arguments, capsys)
 
 
-def test_official_captions_files_are_read_for_scoring(tmp_path):
-    """What the caption task is given: ids that stay numbers, captions of Karpathy's and COCO's files by split."""
-    from qformer.data import read_records
+@pytest.mark.parametrize(("name", "file", "ids"), [
+    ("coco", "dataset_coco.json", [391895, 57870, 522418]),
+    ("flickr8k", "dataset_flickr8k.json", [0, 1]),
+    ("flickr8k", "dataset_flickr8k.json", ["2513260012_03d33305cf.jpg", "2903617548_d3e38d7f88.jpg"]),
+    ("nocaps", "nocaps_val_4500_captions.json", [0]),
+])  # fmt: skip
+def test_official_captions_are_scored_against_published_files(name, file, ids, tmp_path):
+    """The numbers are tests/test_captions.py's; here, that results and files meet, and that ids keep their type."""
+    captions = [{"image_id": i, "caption": "a man in a hat"} for i in ids]
+    arguments = ["--predictions", results(tmp_path, captions), str(publish(tmp_path, name) / file), "--task", "caption"]
+    submitted = tmp_path / "submitted.json"
+    score = scored(tmp_path, *arguments, "--rule", "approximate", "--submit", str(submitted))
+    assert score["n"] == len(ids)
+    assert score["scores"]["Bleu_1"] > 0
+    assert [type(row["image_id"]) for row in json.loads(submitted.read_text())] == [int] * len(ids)
 
+
+def test_captions_of_some_images_are_scored_for_themselves_and_answers_are_not(tmp_path, capsys):
     file = publish(tmp_path, "coco") / "dataset_coco.json"
-    record = read_records([f"{file}:test"]).text(0)
-    assert (record.image_id, record.number_id, len(record.captions)) == ("391895", True, 2)
+    one = results(tmp_path, [{"image_id": 57870, "caption": "a man in hat 1"}])
+    score = scored(tmp_path, "--predictions", one, str(file), "--task", "caption", "--rule", "approximate")
+    assert (score["n"], score["scores"]["Bleu_1"]) == (1, pytest.approx(1))
+    assert len(score["results"]) == 1
+    records = textual(tmp_path, {"answers": ["a"]}, {"answers": ["b"]})
+    assert "question_id 1 is missing" in refused(
+        "evaluate", ["--predictions", answered(tmp_path, "a"), records], capsys
+    )

@@ -57,4 +57,5 @@ TASK = Task(
     require=require_caption_metrics,
     compare=_compare,
     by_image=True,
+    some_suffice=True,
 )

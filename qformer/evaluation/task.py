@@ -67,6 +67,7 @@ class Task:
         require: raises when what computes the metric by a rule is not installed.
         compare: similarities of outputs and images by a stage-1 `VisionLanguageModel`; None = outputs are no captions.
         by_image: records of one image are asked as one, which has the captions of all.
+        some_suffice: official results of some of the records are scored for themselves, as coco-caption does.
         id_name, output_name: what official results call them where not as `id_field` and `output_field`.
     """
 
@@ -87,6 +88,7 @@ class Task:
     require: Callable[[str], None] = lambda rule: None
     compare: Callable[..., list[float]] | None = None  # (model, outputs, images)
     by_image: bool = False
+    some_suffice: bool = False
     id_name: str | None = None
     output_name: str | None = None
 
