@@ -152,36 +152,84 @@ class VisionLanguageModel:
         Raises: ValueError when the numbers of images, contexts and questions do not fit, or as `caption` does.
         """
         model, llm = self._stage2("answer")
-        questions = [questions] if isinstance(questions, str) else list(questions)
-        before = [context] * len(questions) if isinstance(context, str) else context or [""] * len(questions)
-        if len(before) != len(questions):
-            raise ValueError(f"{len(before)} contexts for {len(questions)} questions; give one each")
-        asked = [continue_prompt(b, self.ask(q, prompt)) for b, q in zip(before, questions, strict=True)]
-        turns = [(self.ask(question, prompt), answer) for question, answer in history]
-        prompts: list[Any]
-        if model.llm.chat is None:
-            before = " ".join(f"{question} {answer}\n" for question, answer in turns)
-            prompts = [f"{before} {text}" if before else text for text in asked]
-        else:
-            prompts = [[*(turn for pair in turns for turn in pair), text] for text in asked]
         penalty = llm.vqa_length_penalty
         settings = {
             "num_beams": llm.num_beams,
             "max_new_tokens": llm.vqa_max_new_tokens,
             "length_penalty": penalty if penalty is not None else -1.0 if model.llm.is_encoder_decoder else 0.0,
         } | generation
-        if images is None or not questions:
+        prompts = self._prompts(questions, context, history=history, prompt=prompt)
+        if images is None or not prompts:
             return model.llm.generate(None, prompts, **settings)
         return self._write(self._rows(images), prompts, **settings)
 
-    def _write(self, images: Rows, prompts: Sequence[Any], **generation: Any) -> list[str]:
-        """What the language model writes behind each row's visual prompts and its prompt."""
+    def rank(
+        self, images: Images | None, questions: str | Sequence[str], candidates: Sequence[str] | Sequence[Sequence[str]],
+        context: str | Sequence[str] | None = None, *, prompt: str | None = None, per_token: bool = False,
+        batch_size: int = 64,
+    ) -> list[Tensor]:  # fmt: skip
+        """The language model's loss of every candidate answer to each question, in nats: the smallest is the best.
+
+        A loss is summed over the candidate's tokens and what ends it: -log of the probability that just this is answered.
+        Source: InstructBLIP (arXiv 2305.06500), section 2.5; `rank_answers` of BLIP.
+
+        Args:
+            images, questions, context, prompt: as for `answer`.
+            candidates: answers to choose from, K of them, for all questions or a list for each.
+            per_token: divide by the number of tokens, which favours long candidates.
+            batch_size: candidates that are read at once; a question's prompt is read once for all of them.
+
+        Returns: float32[K] for each question.
+        Raises: ValueError when a question has no candidates, or their lists are not one for each, or as `answer` does.
+        """
+        llm = self._stage2("rank")[0].llm
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        lists: list[Any] = list(candidates)
+        if all(isinstance(entry, str) for entry in lists):
+            lists = [lists] * len(questions)
+        if len(lists) != len(questions) or not all(lists) or any(isinstance(entry, str) for entry in lists):
+            raise ValueError(
+                f"candidates: {[len(entry) for entry in lists]} for {len(questions)} questions; give one list of texts for "
+                "all, or one for each question, none of them empty"
+            )
+        prompts = self._prompts(questions, context, history=(), prompt=prompt)
+        losses = []
+        visual_prompt, mask = (None, None) if images is None or not prompts else self._look(self._rows(images), prompts)
+        for i, several in enumerate(lists):
+            row = None if visual_prompt is None else visual_prompt[i : i + 1]
+            row = row if row is None or mask is None else row[:, mask[i]]
+            loss = llm.candidate_losses(row, prompts[i], several, batch_size=batch_size)
+            losses.append(loss.total / loss.tokens if per_token else loss.total)
+        return losses
+
+    def _prompts(
+        self, questions: str | Sequence[str], context: str | Sequence[str] | None, *,
+        history: Sequence[tuple[str, str]], prompt: str | None,
+    ) -> list[Any]:  # fmt: skip
+        """What the language model is given of each question."""
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        before = [context] * len(questions) if isinstance(context, str) else context or [""] * len(questions)
+        if len(before) != len(questions):
+            raise ValueError(f"{len(before)} contexts for {len(questions)} questions; give one each")
+        asked = [continue_prompt(b, self.ask(q, prompt)) for b, q in zip(before, questions, strict=True)]
+        turns = [(self.ask(question, prompt), answer) for question, answer in history]
+        if self._stage2("answer")[0].llm.chat is None:
+            before = " ".join(f"{question} {answer}\n" for question, answer in turns)
+            return [f"{before} {text}" if before else text for text in asked]
+        return [[*(turn for pair in turns for turn in pair), text] for text in asked]
+
+    @torch.no_grad()
+    def _look(self, images: Rows, prompts: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        """The visual prompts of each row, and which positions are real where rows have different numbers of images."""
         model, _ = self._stage2("generate")
         features, rows = self._encode_once(images, len(prompts))
         texts = [text if isinstance(text, str) else text[-1] for text in prompts]
-        with torch.no_grad():
-            visual_prompt = model.visual_prompt(features, texts, rows)
-        return model.llm.generate(visual_prompt, prompts, visual_mask=model.visual_mask(rows), **generation)
+        return model.visual_prompt(features, texts, rows), model.visual_mask(rows)
+
+    def _write(self, images: Rows, prompts: Sequence[Any], **generation: Any) -> list[str]:
+        """What the language model writes behind each row's visual prompts and its prompt."""
+        visual_prompt, mask = self._look(images, prompts)
+        return self._stage2("generate")[0].llm.generate(visual_prompt, prompts, visual_mask=mask, **generation)
 
     def ask(self, question: str, prompt: str | None = None) -> str:
         """A question, cleaned as in training, in its prompt.

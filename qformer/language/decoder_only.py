@@ -1,5 +1,6 @@
 """Language models that read and write in one row."""
 
+import copy
 import logging
 from typing import Any, final
 
@@ -79,17 +80,36 @@ class DecoderOnly(FrozenLanguageModel):
 
     def _read_ahead(self, embeds: Tensor, mask: Tensor, copies: int) -> dict[str, Any]:
         """Keys and values of all positions but the last, computed once a row and then repeated for its beams."""
-        if copies == 1 or embeds.shape[1] == 1:
+        memory = None if copies == 1 else self.remember(embeds, mask)
+        if memory is None:
             return {}
+        memory[0].batch_repeat_interleave(copies)
+        return {"past_key_values": memory[0]}
+
+    def remember(self, embeds: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor] | None:
+        """Keys and values of all positions but the last, and the last; it is read with what comes after."""
+        if embeds.shape[1] == 1:
+            return None
         inputs = self.inputs_of(embeds[:, :-1], mask[:, :-1])
         if "logits_to_keep" in self._forward_arguments:
             inputs["logits_to_keep"] = torch.zeros(0, dtype=torch.long, device=embeds.device)
         cache = self.model(**inputs, use_cache=True).get("past_key_values")
-        # Another kind of memory (a state, a cache that repeats in part only) `generate` builds itself.
+        # Another kind of memory (a state, a cache that repeats in part only) is not for us to repeat.
         if not isinstance(cache, DynamicCache) or not all(hasattr(c, "batch_repeat_interleave") for c in cache.layers):
-            return {}
-        cache.batch_repeat_interleave(copies)
-        return {"past_key_values": cache}
+            return None
+        return cache, embeds[:, -1:]
+
+    def logits_after(self, memory: tuple[DynamicCache, Tensor], targets: list[list[int]]) -> Tensor:
+        cache, last = copy.deepcopy(memory[0]), memory[1].expand(len(targets), -1, -1)
+        before = cache.get_seq_length()
+        cache.batch_repeat_interleave(len(targets))
+        ids, mask = (rows.to(last.device) for rows in pad_rows([ids[:-1] for ids in targets], self.facts.pad_id))
+        embeds = torch.cat([last, self.embed(ids)], 1)
+        inputs = self.inputs_of(embeds, torch.cat([mask.new_ones(len(targets), before + 1), mask], 1))
+        if "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"][:, before:]
+        logits: Tensor = self.model(**inputs, past_key_values=cache, use_cache=True).logits
+        return logits
 
     def _start(
         self, visual: VisualRows, before: list[list[int]], prompts: list[Prompt]

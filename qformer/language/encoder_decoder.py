@@ -5,6 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
 from qformer.language.frozen import FrozenLanguageModel, Prompt
 from qformer.language.visual import VisualRows
@@ -60,6 +61,21 @@ class EncoderDecoder(FrozenLanguageModel):
             use_cache=False,
         ).logits
         return logits, labels
+
+    def remember(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder makes of the row."""
+        return self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask.long()).last_hidden_state, mask.long()
+
+    def logits_after(self, memory: tuple[Tensor, Tensor], targets: list[list[int]]) -> Tensor:
+        hidden, mask = memory
+        decoder_ids, _ = pad_rows([[self._start_id, *target[:-1]] for target in targets], self.facts.pad_id)
+        logits: Tensor = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden.expand(len(targets), -1, -1)),
+            attention_mask=mask.expand(len(targets), -1),
+            decoder_input_ids=decoder_ids.to(hidden.device),
+            use_cache=False,
+        ).logits
+        return logits
 
     def next_logits(self, embeds: Tensor, mask: Tensor) -> Tensor:
         start = torch.full((len(embeds), 1), self._start_id, device=embeds.device)

@@ -5,10 +5,9 @@ import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import RepetitionPenaltyLogitsProcessor as RepetitionPenalty
@@ -16,25 +15,18 @@ from transformers.activations import NewGELUActivation
 
 from qformer.language.chat import Chat
 from qformer.language.limits import Limits
+from qformer.language.loss import LanguageLoss, loss_of_rows
 from qformer.language.rereading import rereading
-from qformer.language.trial import find_problem, heeds_mask
+from qformer.language.trial import find_problem, heeds_mask, keeps_rows
 from qformer.language.visual import VisualRows
 from qformer.messages import one_line
 from qformer.text import IGNORE_INDEX, encode, pad_rows, probe_tokenizer
 
 logger = logging.getLogger(__name__)
+UNCUT = 10**6  # target tokens
 
 Prompt = str | Sequence[str]
 """A text; in a chat also the turns of user and assistant, the user's first and last."""
-
-
-class LanguageLoss(NamedTuple):
-    """Cross-entropy of the target tokens and how many there are; the caller normalises over ranks and micro-batches."""
-
-    total: Tensor
-    """float32[]: summed over all target tokens."""
-    tokens: Tensor
-    """int64[]: target tokens counted."""
 
 
 class FrozenLanguageModel(nn.Module, ABC):
@@ -72,6 +64,7 @@ class FrozenLanguageModel(nn.Module, ABC):
         self._stop_ids = self._limits.stop_ids(self.facts, end_id, model.generation_config.eos_token_id)
         self._limits.require_embedded()
         self._pads_freely: bool | None = None  # whether padding leaves a row as it is; None = not yet tried
+        self._remembers: bool | None = None  # whether `remember` serves; None = not yet tried
         self._rereads = False  # no cache of this model serves: every token reads its row anew
         self._special_ids: dict[str, Any] = {
             "bos_token_id": tokenizer.bos_token_id,
@@ -111,14 +104,9 @@ class FrozenLanguageModel(nn.Module, ABC):
         return self._embedding(input_ids)
 
     def loss(
-        self,
-        visual_prompt: Tensor | None,
-        prompts: Sequence[Prompt],
-        targets: Sequence[str],
-        *,
-        max_target_tokens: int = 32,
-        visual_mask: Tensor | None = None,
-    ) -> LanguageLoss:
+        self, visual_prompt: Tensor | None, prompts: Sequence[Prompt], targets: Sequence[str], *,
+        max_target_tokens: int = 32, visual_mask: Tensor | None = None,
+    ) -> LanguageLoss:  # fmt: skip
         """Cross-entropy of each target after its visual prompt and text prompt; not smoothed.
 
         Args:
@@ -141,18 +129,50 @@ class FrozenLanguageModel(nn.Module, ABC):
         lengths = {n + len(b) + len(row[0]) for n, b, row in zip(visual.lengths, before, rows, strict=True)}
         # What an encoder reads may be padded only if it heeds the mask; after a decoder's text nothing sees the padding.
         if self.is_encoder_decoder and len(lengths) > 1 and not self._try_padding():
-            alone = [self._sum(visual.row(i), before[i : i + 1], [row]) for i, row in enumerate(rows)]
+            alone = [self._losses(visual.row(i), before[i : i + 1], [row]) for i, row in enumerate(rows)]
             totals, tokens = zip(*alone, strict=True)
-            return LanguageLoss(torch.stack(totals).sum(), torch.stack(tokens).sum())
-        return self._sum(visual, before, rows)
+            return LanguageLoss(torch.cat(totals).sum(), torch.cat(tokens).sum())
+        return self._losses(visual, before, rows).sum()
 
-    def _sum(
+    def _losses(
         self, visual: VisualRows, before: list[list[int]], rows: list[tuple[list[int], list[int]]]
-    ) -> LanguageLoss:
-        logits, labels = self._logits_and_labels(visual, before, rows)
-        labels = labels.to(logits.device)
-        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
-        return LanguageLoss(losses.sum(1).sum(), (labels != IGNORE_INDEX).sum(1).sum())
+    ) -> LanguageLoss:  # fmt: skip
+        return loss_of_rows(*self._logits_and_labels(visual, before, rows))
+
+    @torch.no_grad()
+    def candidate_losses(
+        self, visual_prompt: Tensor | None, prompt: Prompt, candidates: Sequence[str], *, batch_size: int = 64
+    ) -> LanguageLoss:  # fmt: skip
+        """The loss of each of K candidates after one prompt, uncut, as float32[K] and int64[K].
+
+        The prompt is read once where the model lets it be kept, then at most `batch_size` candidates at a time.
+
+        Args:
+            visual_prompt: float[1, Q, Dl], or None for text only.
+
+        Raises: ValueError as `loss` does.
+        """
+        _require_list(candidates, "candidates")
+        visual = VisualRows.of(visual_prompt, None, 1, self.width)
+        before, rows = self._before(prompt), [self._row(prompt, text, UNCUT) for text in candidates]
+        self._limits.require_room(visual.lengths * len(rows), [before] * len(rows), rows)
+        total = torch.zeros(len(rows), device=self._embedding.weight.device)
+        tokens = torch.tensor([len(target) for _, target in rows], device=total.device)
+        groups: dict[tuple[int, ...], list[int]] = {}  # a token that spans the seam belongs to its candidate
+        for i, row in enumerate(rows):
+            groups.setdefault(tuple(row[0]), []).append(i)
+        for context, group in groups.items():
+            memory = None
+            if self._try_memory() and (visual.prompt is not None or before or context):
+                memory = self.remember(*self._join(visual, [before], [list(context)]))
+            for part in (group[i : i + batch_size] for i in range(0, len(group), batch_size)):
+                targets = [rows[i][1] for i in part]
+                if memory is None:
+                    losses = self._losses(visual.repeat(len(part)), [before] * len(part), [rows[i] for i in part])
+                else:
+                    losses = loss_of_rows(self.logits_after(memory, targets), pad_rows(targets, IGNORE_INDEX)[0])
+                total[part] = losses.total.to(total.device)
+        return LanguageLoss(total, tokens)
 
     def count_target_tokens(
         self, prompts: Sequence[Prompt], targets: Sequence[str], *, max_target_tokens: int = 32
@@ -163,22 +183,11 @@ class FrozenLanguageModel(nn.Module, ABC):
 
     @torch.no_grad()
     def generate(
-        self,
-        visual_prompt: Tensor | None,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int = 30,
-        min_new_tokens: int = 0,
-        num_beams: int = 5,
-        length_penalty: float = 1.0,
-        do_sample: bool = False,
-        top_p: float = 0.9,
-        temperature: float = 1.0,
-        num_return: int = 1,
-        repetition_penalty: float = 1.0,
-        no_repeat_ngram_size: int = 0,
-        visual_mask: Tensor | None = None,
-    ) -> list[str]:
+        self, visual_prompt: Tensor | None, prompts: Sequence[Prompt], *, max_new_tokens: int = 30,
+        min_new_tokens: int = 0, num_beams: int = 5, length_penalty: float = 1.0, do_sample: bool = False,
+        top_p: float = 0.9, temperature: float = 1.0, num_return: int = 1, repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0, visual_mask: Tensor | None = None,
+    ) -> list[str]:  # fmt: skip
         """Continue each prompt up to EOS, a line end or `max_new_tokens`; a batch gives what each row alone gives.
 
         Args:
@@ -293,6 +302,12 @@ class FrozenLanguageModel(nn.Module, ABC):
                 )  # fmt: skip
         return self._pads_freely
 
+    def _try_memory(self) -> bool:
+        """Whether candidates after a row that is kept have the loss that they have behind it. Tried once."""
+        if self._remembers is None:
+            self._remembers = keeps_rows(self)
+        return self._remembers
+
     def require_lengths(self, queries: int, prompt: str, max_target_tokens: int) -> None:
         """Before a run: room for `queries`, the text prompt and a target.
 
@@ -325,37 +340,27 @@ class FrozenLanguageModel(nn.Module, ABC):
 
     def _join(
         self, visual: VisualRows, before: list[list[int]], ids: list[list[int]], *, pads_first: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Rows [before][visual prompt][text] without a gap, as float[B, L, Dl], and their mask bool[B, L].
-
-        pads_first=False  [v v a b]     pads_first=True  [v v a b]
-                          [v v a .]                      [. v v a]
-        """
-        device = self._embedding.weight.device
-        if visual.prompt is None:
-            ids = [b + text for b, text in zip(before, ids, strict=True)]
-            if not all(ids):
-                raise ValueError(
-                    f"prompts[{ids.index([])}]='' without a visual prompt: llm.id={self.name!r} adds no token "
-                    "of its own to start from; expected a text prompt"
-                )
-        text_ids, mask = (rows.to(device) for rows in pad_rows(ids, self.facts.pad_id))
-        embeds = self.embed(text_ids)
-        if visual.prompt is not None:
-            visual_mask = mask.new_ones(visual.prompt.shape[:2]) if visual.mask is None else visual.mask.to(device)
-            embeds, mask = torch.cat([visual.prompt.to(embeds), embeds], 1), torch.cat([visual_mask, mask], 1)
-            if any(before):
-                first, first_mask = (rows.to(device) for rows in pad_rows(before, self.facts.pad_id))
-                embeds, mask = torch.cat([self.embed(first), embeds], 1), torch.cat([first_mask, mask], 1)
-        gapless = visual.prompt is None or (visual.mask is None and len({len(b) for b in before}) == 1)
-        if not pads_first and gapless:
-            return embeds, mask
-        order = mask.int().argsort(dim=1, descending=not pads_first, stable=True)
-        return embeds.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Rows [before][visual prompt][text] as `VisualRows.join` has them."""
+        empty = [not any(both) for both in zip(before, ids, strict=True)]
+        if visual.prompt is None and any(empty):
+            raise ValueError(
+                f"prompts[{empty.index(True)}]='' without a visual prompt: llm.id={self.name!r} adds no token "
+                "of its own to start from; expected a text prompt"
+            )
+        return visual.join(self._embedding, self.facts.pad_id, before, ids, pads_first=pads_first)
 
     def _read_ahead(self, embeds: Tensor, mask: Tensor, copies: int) -> dict[str, Any]:
         """More arguments of `generate`, which would read every row again for each of its `copies`."""
         return {}
+
+    @abstractmethod
+    def remember(self, embeds: Tensor, mask: Tensor) -> Any:
+        """What the model keeps of one row float[1, L, Dl], so that targets after it cost their own tokens; None = nothing."""
+
+    @abstractmethod
+    def logits_after(self, memory: Any, targets: list[list[int]]) -> Tensor:
+        """float[n, T, V] of n targets after the row that is remembered."""
 
     def inputs_of(self, embeds: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Arguments of the model's `forward` for rows float[B, L, Dl] and their mask bool[B, L]."""

@@ -48,6 +48,27 @@ def heeds_mask(llm: "FrozenLanguageModel") -> bool:
 
 
 @torch.no_grad()
+def keeps_rows(llm: "FrozenLanguageModel") -> bool:
+    """Whether what the model keeps of a row gives texts after it the logits that they have behind the row itself."""
+    row, targets = noise(llm, 4), [[1, 2, 3], [2]]
+    real = torch.ones(1, 5, dtype=torch.bool, device=row.device)
+    try:
+        memory = llm.remember(row, real[:, :4])
+        if memory is None:
+            return False
+        alone, both = llm.logits_after(memory, targets[:1]), llm.logits_after(memory, targets)
+        pairs = [(alone, both[:1]), (llm.next_logits(row, real[:, :4]), both[:1, 0]), (both[:1, 0], both[1:, 0])]
+        if not llm.is_encoder_decoder:
+            one_more = torch.cat([row, llm.embed(torch.tensor([[1]], device=row.device))], 1)
+            pairs.append((llm.next_logits(one_more, real), both[:1, 1]))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a memory of another kind, which is not for us to repeat
+        return False
+    return not any(_differ(*pair) for pair in pairs)
+
+
+@torch.no_grad()
 def reads_ahead(llm: "FrozenLanguageModel") -> bool:
     """Whether a position sees those after it."""
     row, last = noise(llm, 6), noise(llm, 7)[:, 6:]

@@ -1,0 +1,28 @@
+"""Cross-entropy of target tokens, row by row, not smoothed."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from qformer.text import IGNORE_INDEX
+
+
+class LanguageLoss(NamedTuple):
+    """Cross-entropy of the target tokens and how many there are; the caller normalises over ranks and micro-batches."""
+
+    total: Tensor
+    """float32[]: summed over all target tokens; of rows float32[B]."""
+    tokens: Tensor
+    """int64[]: target tokens counted; of rows int64[B]."""
+
+    def sum(self) -> "LanguageLoss":
+        """Of all rows together."""
+        return LanguageLoss(self.total.sum(), self.tokens.sum())
+
+
+def loss_of_rows(logits: Tensor, labels: Tensor) -> LanguageLoss:
+    """float[B, T, V] and the int64[B, T] they should predict, IGNORE_INDEX where nothing -> the loss of each row."""
+    labels = labels.to(logits.device)
+    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return LanguageLoss(losses.sum(1), (labels != IGNORE_INDEX).sum(1))
