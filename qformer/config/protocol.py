@@ -14,6 +14,7 @@ from qformer.messages import nearest
 
 FOLDER = "configs/tasks"
 NOT_OPTIONS = ("task", "reported")  # no options of the command line
+LIST = "list[str] | None"
 
 
 @dataclasses.dataclass
@@ -32,6 +33,10 @@ class Protocol:
     candidates: int | None = described(
         None, "retrieval: how many the similarity leaves to the matching head, each way; null = 128", at_least=1
     )
+    choose_from: list[str] | None = described(
+        None, "answers of which the likeliest is taken: several, a file with one a line, or choices = those of each record; "
+        "null = an answer is written"
+    )  # fmt: skip
     id_name: str | None = described(None, "what official results call the id of a record; null = as most servers")
     output_name: str | None = described(None, "what they call an output; null = as most servers")
     reported: str | None = described(None, "what was published under this protocol, and where")
@@ -39,7 +44,7 @@ class Protocol:
 
 def protocol_options() -> list[tuple[str, type, str]]:
     """Name, type and meaning of every key that a command line may set beside `--task`."""
-    kinds = {"str | None": str, "int | None": int, "float | None": float}
+    kinds = {"str | None": str, "int | None": int, "float | None": float, LIST: str}
     fields = [field for field in dataclasses.fields(Protocol) if field.name not in NOT_OPTIONS]
     return [(f.name, kinds[_kind(f)], f.metadata["help"]) for f in fields]
 
@@ -67,7 +72,7 @@ def read_protocol(source: str, tasks: tuple[str, ...], overrides: dict[str, Any]
         merged = _merged(f"{FOLDER}/{source}.yaml" if source in known else source)
     for key, value in (overrides or {}).items():
         if value is not None:
-            merged[key] = value
+            merged[key] = [value] if _kind_of(key) == LIST else value
     values = cast(dict[str, Any], OmegaConf.to_container(merged))
     for field in dataclasses.fields(Protocol):
         if problem := check_value(field.name, values[field.name], field)[1]:
@@ -83,6 +88,13 @@ def _merged(source: str) -> Any:
     for key in fragment:
         if key not in known:
             raise ConfigError(f"unknown key {key} in {source}; {nearest(str(key), known)}")
+    for key in (key for key in fragment if _kind_of(key) == LIST):
+        values = [fragment[key]] if isinstance(fragment[key], str) else fragment[key]
+        if values is not None and not (OmegaConf.is_list(values) or isinstance(values, list)):
+            raise ConfigError(f"{key}: {values!r} in {source} is no list, written [a, b]")
+        if any(isinstance(value, bool) for value in values or []):
+            raise ConfigError(f'{key}: YAML reads yes and no as true and false in {source}; write ["yes", "no"]')
+        fragment[key] = values
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Protocol), fragment)
     except OmegaConfBaseException as error:
@@ -92,6 +104,10 @@ def _merged(source: str) -> Any:
     if OmegaConf.is_missing(merged, "task"):
         raise ConfigError(f"missing value: task in {source} (what is asked)")
     return merged
+
+
+def _kind_of(key: str) -> str:
+    return next(_kind(field) for field in dataclasses.fields(Protocol) if field.name == key)
 
 
 def _kind(field: dataclasses.Field) -> str:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qformer.data import Record, Records
 from qformer.evaluation.task import Task
+
+CHOICES = "choices"  # in the place of answers to choose from: each record's
 
 
 @dataclass(frozen=True)
@@ -83,3 +86,27 @@ def lack_of_use(task: Task, texts: Sequence[Record], *, submitted: bool, written
             "write the model's with --submit FILE or --json FILE"
         )
     return None
+
+
+def read_candidates(named: Sequence[str], texts: Sequence[Record]) -> list[str] | None:
+    """The answers that a protocol's `choose_from` names; None = the choices of each record.
+
+    Raises: ValueError when there is no such file, it is empty, or a record has no choices.
+    """
+    if list(named) == [CHOICES]:
+        without = next((record for record in texts if not record.choices and record.problem is None), None)
+        if without is not None:
+            raise ValueError(f"choose_from={CHOICES}: {without.image}: its record has no field 'choices'")
+        return None
+    if len(named) != 1:
+        answers = list(named)
+    elif not Path(named[0]).is_file():
+        raise ValueError(
+            f"choose_from: {named[0]!r} is no file of answers, one a line; expected one, {CHOICES}, or a list [a, b]"
+        )
+    else:
+        lines = Path(named[0]).read_text(encoding="utf-8").splitlines()
+        answers = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not answers:
+        raise ValueError(f"choose_from: {', '.join(named) or 'an empty list'} holds no answers")
+    return answers

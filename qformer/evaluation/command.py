@@ -13,7 +13,7 @@ from typing import Any
 from qformer.config import Protocol
 from qformer.data import Record, read_records
 from qformer.evaluation import TASKS, Scores, Task
-from qformer.evaluation.choosing import Chosen, choose, lack_of_use
+from qformer.evaluation.choosing import CHOICES, Chosen, choose, lack_of_use, read_candidates
 from qformer.evaluation.comparing import NAME as SIMILARITY
 from qformer.evaluation.comparing import Similarity, compare_outputs
 from qformer.evaluation.outputs import OutputFile, read_predictions, write_submission
@@ -52,6 +52,8 @@ def evaluate(
     texts = chosen.texts
     if lack := lack_of_use(kind, texts, submitted=submit is not None, written=bool(answers or json_file)):
         raise ValueError(lack)
+    if "choose_from" in generation and not predictions:
+        generation["choose_from"] = read_candidates(generation["choose_from"], texts) or CHOICES
     if any(map(kind.has_reference, texts)):
         kind.require(rule)
     if similarity and kind.compare is None:

@@ -1,10 +1,11 @@
-"""Visual question answering: generated answers, scored by the official VQA accuracy or another rule of `rules.py`."""
+"""Visual question answering: generated answers, or the likeliest of several, scored by the official VQA accuracy or another rule of `rules.py`."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qformer.evaluation.choosing import CHOICES
 from qformer.evaluation.rules import RULES, score_answers
-from qformer.evaluation.task import WITH_IMAGE, Task
+from qformer.evaluation.task import GENERATION, WITH_IMAGE, Task
 
 if TYPE_CHECKING:
     from qformer.data import Record
@@ -20,9 +21,17 @@ def _lacks(record: "Record", mode: str) -> str | None:
     return None
 
 
-def _ask(model: Any, records: "Sequence[Record]", images: list | None, mode: str, **generation: Any) -> list[str]:
+def _ask(
+    model: Any, records: "Sequence[Record]", images: list | None, mode: str, *,
+    choose_from: Sequence[str] | None = None, **generation: Any,
+) -> list[str]:  # fmt: skip
     context = [record.captions[0] for record in records] if mode == ORACLE_CAPTION else None
-    return model.answer(images, [record.question for record in records], context, **generation)
+    questions = [record.question for record in records]
+    if choose_from is None:
+        return model.answer(images, questions, context, **generation)
+    lists = [record.choices if choose_from == CHOICES else choose_from for record in records]
+    losses = model.rank(images, questions, lists, context, prompt=generation.get("prompt"))
+    return [several[int(loss.argmin())] for several, loss in zip(lists, losses, strict=True)]
 
 
 def _describe(record: "Record") -> dict[str, Any]:
@@ -39,4 +48,5 @@ TASK = Task(
     ask=_ask,
     score=score_answers,
     describe=_describe,
+    options=(*GENERATION, "choose_from"),
 )
