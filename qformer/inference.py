@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,23 @@ class VisionLanguageModel:
     """A loaded adapter between its frozen models. Stage 2 captions and answers; stage 1 embeds and matches.
 
     Images are PIL images, paths, what `read` returned, or all of them as what `encode` returned; a single one needs no
-    list, and a list among them is a row of several. Paths of videos are clips of `transform.frames` frames. With precomputed features they are paths of .npy or .safetensors files.
+    list, and a list among them is a row of several. Paths of videos are clips, see `sample_clips`. With precomputed features they are paths of .npy or .safetensors files.
     """
 
     def __init__(self, model: Stage, config: ModelPart) -> None:
         self.model, self.config = model, config
         self.transform = build_transform(model.encoder)
         self.device = next(model.adapter.parameters()).device
+
+    def sample_clips(self, frames: int | None = None, frame_policy: str | None = None) -> None:
+        """From now on, read so many frames of a clip, 8 at first, by "uniform" or "middle" (`data.clips.POLICIES`)."""
+        if self.transform is not None:
+            before = self.transform
+            self.transform = replace(
+                before,
+                frames=before.frames if frames is None else frames,
+                frame_policy=before.frame_policy if frame_policy is None else frame_policy,
+            )
 
     def caption(self, images: Images, prompt: str | Sequence[str] | None = None, **generation: Any) -> list[str]:
         """One caption an image, or for several together ([[a, b]]); with `num_return` several, those of an image next to each other.

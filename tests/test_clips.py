@@ -287,6 +287,13 @@ def test_answers_about_clips_in_python_and_by_evaluate_and_ask(tiny, clips, tmp_
     assert out["dropped"] == 1
     assert len(out["results"]) == 9
     assert out["results"][0]["answer"] == model.answer([clip], ["what ?"], num_beams=1)[0]
+    few = [*arguments, "--frames", "2", "--frame-policy", "middle", "--json", str(tmp_path / "few.json")]
+    stage_main("evaluate")([*few, "--workers", "0"])
+    model.sample_clips(2, "middle")
+    assert model.read(clip).shape[0] == 2
+    few_answer = json.loads((tmp_path / "few.json").read_text())["results"][0]["answer"]
+    assert few_answer == model.answer([clip], ["what ?"], num_beams=1)[0]
+    assert "'last' is not one of uniform, middle" in refused("evaluate", [*arguments, "--frame-policy", "last"], capsys)
     capsys.readouterr()
     stage_main("ask")([adapter, clip, "what ?", "--device", "cpu", "--num-beams", "1"])
     assert capsys.readouterr().out.strip() == out["results"][0]["answer"]

@@ -7,6 +7,7 @@ from typing import Any, cast
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qformer.config.data import FRAME_POLICIES
 from qformer.config.fields import described
 from qformer.config.loading import ConfigError, check_value, read_fragment
 from qformer.config.packaged import config_names
@@ -36,6 +37,11 @@ class Protocol:
     choose_from: list[str] | None = described(
         None, "answers of which the likeliest is taken: several, a file with one a line, or choices = those of each record; "
         "null = an answer is written"
+    )  # fmt: skip
+    frames: int | None = described(None, "frames that stand for a clip; null = 8", at_least=1)
+    frame_policy: str | None = described(
+        None, "which frames: the first of so many equal parts (uniform, as BLIP has it), or their middles (middle)",
+        FRAME_POLICIES,
     )  # fmt: skip
     id_name: str | None = described(None, "what official results call the id of a record; null = as most servers")
     output_name: str | None = described(None, "what they call an output; null = as most servers")

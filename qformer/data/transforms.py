@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
+from qformer.data.clips import POLICIES
 from qformer.data.records import BrokenRecord, Record
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -165,7 +166,8 @@ class ImageTransform:
         frames, frame_policy: how many frames stand for a clip, and which, see `load_frames`.
 
     Raises:
-        ValueError: a size below 1, an unknown interpolation, a crop_scale outside 0 < smallest <= largest <= 1.
+        ValueError: a size or frames below 1, an unknown interpolation or frame_policy, a crop_scale outside
+            0 < smallest <= largest <= 1.
 
     Source: BlipImageTrainProcessor and BlipImageEvalProcessor in lavis/processors/blip_processors.py.
     """
@@ -185,6 +187,10 @@ class ImageTransform:
             raise ValueError(f"size={self.size}: expected a side of 1 pixel or more")
         if self.interpolation not in RESAMPLING:
             raise ValueError(f"interpolation={self.interpolation!r}: expected one of {', '.join(RESAMPLING)}")
+        if self.frames < 1:
+            raise ValueError(f"frames={self.frames}: expected 1 or more")
+        if self.frame_policy not in POLICIES:
+            raise ValueError(f"frame_policy={self.frame_policy!r}: expected one of {', '.join(POLICIES)}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={self.crop_scale}: expected 0 < smallest <= largest <= 1")
 

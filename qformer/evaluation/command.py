@@ -59,12 +59,13 @@ def evaluate(
     if similarity and kind.compare is None:
         raise ValueError(f"--similarity compares images with captions; the outputs of task {protocol.task} are none")
     broken: list[str] = []
-    run: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": device}
+    clips = {name: getattr(protocol, name) for name in ("frames", "frame_policy")}
+    run: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": device, "clips": clips}
     if predictions:
         outputs = read_predictions(predictions, kind, texts, partly=limit is not None)
     else:
         made_of: dict[str, Any] = {"task": protocol.task, "mode": mode, "adapter": _fingerprint(adapter)}
-        made_of |= {"split": protocol.split, **{key: generation.get(key) for key in kind.options}}
+        made_of |= {"split": protocol.split, **clips, **{key: generation.get(key) for key in kind.options}}
         made_of["records"] = [os.path.abspath(s) if os.path.exists(s) else s for s in sources]
         results = _compute(adapter, kind, chosen, mode=mode, rule=rule, answers=answers, made_of=made_of,
                            generation=generation, run=run)  # fmt: skip

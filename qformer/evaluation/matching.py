@@ -61,7 +61,7 @@ class Candidates(NamedTuple):
 
 def search(
     adapter: str, records: Chosen, collection: Collection, *, rule: str, candidates: int,
-    folder: Path | None, made_of: dict[str, Any], batch_size: int, workers: int, device: str | None,
+    folder: Path | None, made_of: dict[str, Any], batch_size: int, workers: int, device: str | None, clips: dict[str, Any],
 ) -> tuple[list[Any], list[str]] | None:  # fmt: skip
     """`Collection.outputs` by a rule, and why images could not be read.
 
@@ -70,6 +70,7 @@ def search(
         candidates: how many ITC leaves to ITM, each way.
         folder: where parts are kept, and those of an earlier try taken from; None = nowhere.
         made_of: what the parts depend on.
+        clips: arguments of `VisionLanguageModel.sample_clips`.
 
     Returns: None on ranks but the first.
 
@@ -78,6 +79,7 @@ def search(
     """
     state = start_ranks(device)
     model = load(adapter, device=device or (str(state.device) if state.num_processes > 1 else None))
+    model.sample_clips(**clips)
     stage = _require_stage1(model, rule)
     with contextlib.ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qformer-retrieval-")))

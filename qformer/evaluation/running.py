@@ -65,12 +65,14 @@ def start_ranks(device: str | None) -> PartialState:
 
 def compute_outputs(
     adapter: str, task: Task, chosen: Chosen, *,
-    mode: str, file: OutputFile | None, batch_size: int, workers: int, device: str | None, generation: dict[str, Any],
+    mode: str, file: OutputFile | None, batch_size: int, workers: int, device: str | None, clips: dict[str, Any],
+    generation: dict[str, Any],
 ) -> tuple[list[Any], list[str]]:  # fmt: skip
     """The output for each of the records, None where the image cannot be read, and why; the same on every rank.
 
     Args:
         file: where outputs are kept while they are computed, and those of an earlier try taken from.
+        clips: arguments of `VisionLanguageModel.sample_clips`.
 
     Raises: ValueError when the adapter cannot be loaded, or the file was made of something else.
     """
@@ -81,6 +83,7 @@ def compute_outputs(
     todo = [i for i in range(len(texts)) if i not in outputs and i not in broken]
     if todo:
         model = load(adapter, device=device or (str(state.device) if state.num_processes > 1 else None))
+        model.sample_clips(**clips)
         mine = todo[state.process_index :: state.num_processes]
         if file:
             file.begin(state.process_index)
