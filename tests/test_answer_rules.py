@@ -1,6 +1,7 @@
 """How answers are scored: each rule against numbers worked out by hand from the official programs, and through evaluate.py."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from test_evaluation import scored, textual, write
 from test_known import publish, vqa_files
 from test_photographs import PHOTOS
 from test_stages import refused
+from tiny import run_stage
 
 from qformer.metrics import vqa_accuracy
 from qformer.metrics.answers import (
@@ -260,3 +262,26 @@ def test_captions_of_some_images_are_scored_for_themselves_and_answers_are_not(t
     assert "question_id 1 is missing" in refused(
         "evaluate", ["--predictions", answered(tmp_path, "a"), records], capsys
     )
+
+
+def test_every_protocol_of_questions_runs_from_an_adapter_to_a_file_for_the_server(tiny, tmp_path):
+    run_stage(2, tiny.stage2(tmp_path / "run", "train.max_steps=1", "data.validation=[]"))
+    adapter, root = str(tmp_path / "run" / "adapter"), os.path.dirname(tiny.records)
+    rows = [json.loads(line) for line in Path(tiny.records).read_text().splitlines()][:3]
+    rows = [row | {"image": os.path.join(root, row["image"]), "question_id": i} for i, row in enumerate(rows)]
+    kinds = {
+        "okvqa": {"answers": ["red"] * 5, "split": "val"},
+        "aokvqa": {"answers": ["red"] * 10, "split": "val"},
+        "textvqa": {"answers": ["red"] * 10, "split": "val"},
+        "gqa": {"answers": ["red"], "split": "testdev"},
+        "vizwiz": {"answers": ["red"] * 9 + ["unanswerable"], "split": "val", "answer_type": "other"},
+        "pope": {"answers": ["yes"], "question_type": "random"},
+    }
+    for task, fields in kinds.items():
+        records = str(write(tmp_path / f"{task}.jsonl", [row | fields for row in rows]))
+        submitted = tmp_path / f"{task}_results.json"
+        arguments = ["--task", task, "--device", "cpu", "--workers", "0", "--num-beams", "1", "--max-new-tokens", "2"]
+        asked = scored(tmp_path, adapter, records, *arguments, "--min-new-tokens", "0", "--submit", str(submitted))
+        assert (asked["rule"], asked["n"]) == ("always" if task == "textvqa" else task, 3)
+        again = scored(tmp_path, "--predictions", str(submitted), records, "--task", task)
+        assert again["scores"] == asked["scores"]

@@ -311,6 +311,15 @@ def test_files_inside_their_zips_are_read(tmp_path):
     assert filled(row) == EXCERPTS["vqav2"][2]
 
 
+def test_the_clips_of_1k_a_are_a_split_of_msrvtt(tmp_path):
+    publish(tmp_path, "msrvtt")
+    lines = 'key,vid_key,video_id,sentence\nret0,msr9770,video9770,"a person, connecting something"\n'
+    (tmp_path / "MSRVTT_JSFUSION_test.csv").write_text(lines)
+    row = list(read_known("msrvtt", [tmp_path]))[-1]
+    assert (row["video"], row["split"]) == ("TestVideo/video9770.mp4", "test_1k")
+    assert row["caption"] == ["a person, connecting something"]
+
+
 def run(*arguments: object) -> None:
     main([str(argument) for argument in arguments])
 
@@ -351,6 +360,9 @@ def test_wrong_and_missing_files_are_named(tmp_path, capsys):
     (folder / "image_data.json").unlink()
     assert "image_data.json is missing" in refused(capsys, "vg", folder, *out)
     assert "there is no" in refused(capsys, "vg", folder / "nothing", *out)
+    pair = publish(tmp_path / "pair", "vqav2")
+    (pair / "v2_mscoco_train2014_annotations.json").rename(pair / "v2_mscoco_val2014_annotations.json")
+    assert "v2_mscoco_train2014_annotations.json is missing" in refused(capsys, "vqav2", pair, *out)
     questions = publish(tmp_path / "q", "gqa") / "testdev_balanced_questions.json"
     questions.write_text(questions.read_text()[:-30])
     assert "testdev_balanced_questions.json is no JSON, or was cut short" in refused(capsys, "gqa", questions, *out)

@@ -6,6 +6,7 @@ archives unpack, relative to the folder they are unpacked in. Captions and ids a
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -106,6 +107,16 @@ def msrvtt(file: File) -> Iterator[Row]:
     for name, split in videos.items():
         folder = "TestVideo" if split == "test" else "TrainValVideo"
         yield {"video": f"{folder}/{name}.mp4", "caption": captions.get(name, []), "image_id": name, "split": split}
+
+
+def msrvtt_1k(file: File) -> Iterator[Row]:
+    """The test split 1k-A of MSR-VTT, one sentence a clip, on which BLIP searches: MSRVTT_JSFUSION_test.csv.
+
+    Source: Yu et al., 2018 (JSFusion); BLIP (arXiv 2201.12086), section 5.6.
+    """
+    for entry in csv.DictReader(text_lines(file)):
+        name = entry["video_id"]
+        yield {"video": f"TestVideo/{name}.mp4", "caption": [entry["sentence"]], "image_id": name, "split": "test_1k"}
 
 
 def msvd(file: File, mapping: File) -> Iterator[Row]:

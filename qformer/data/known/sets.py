@@ -126,7 +126,11 @@ def _flickr(files: Files) -> Iterator[Row]:
 
 def _vqa(files: Files) -> Iterator[Row]:
     for file in files["vqa_questions"]:
-        yield from questions.vqa(file, _of_split(file, files.get("vqa_annotations", ())))
+        answers = _of_split(file, files.get("vqa_annotations", ()))
+        if not answers and captions.split_in(file.name) in ("train", "val"):  # of test splits only the server has them
+            mate = file.name.replace("OpenEnded_", "").replace("questions", "annotations")
+            raise ValueError(f"{file} has no answers: {mate} is missing; name it too, or the folder that holds both")
+        yield from questions.vqa(file, answers)
 
 
 def _of_split(file: File, annotations: Sequence[File]) -> list[File]:
@@ -141,6 +145,11 @@ def _genome(files: Files) -> Iterator[Row]:
         yield from captions.vg_regions(file, images)
     for file in files.get("vg_questions", ()):
         yield from questions.vg_questions(file, images)
+
+
+def _msrvtt(files: Files) -> Iterator[Row]:
+    yield from _each("msrvtt", captions.msrvtt)(files)
+    yield from _each("jsfusion", captions.msrvtt_1k)(files)
 
 
 def _msvd(files: Files) -> Iterator[Row]:
@@ -231,8 +240,9 @@ KNOWN: dict[str, KnownSet] = {
         "https://github.com/lil-lab/nlvr/tree/master/nlvr2", _each("nlvr2", questions.nlvr2),
     ),
     "msrvtt": KnownSet(
-        "MSR-VTT, captions of clips", {"msrvtt": ("*_videodatainfo.json",)}, (("msrvtt",),),
-        "http://ms-multimedia-challenge.com/2017/dataset", _each("msrvtt", captions.msrvtt),
+        "MSR-VTT, captions of clips; for retrieval the 1000 clips of 1k-A",
+        {"msrvtt": ("*_videodatainfo.json",), "jsfusion": ("MSRVTT_JSFUSION_test.csv",)}, (("msrvtt",), ("jsfusion",)),
+        "http://ms-multimedia-challenge.com/2017/dataset", _msrvtt,
     ),
     "msrvtt_qa": KnownSet(
         "MSRVTT-QA", {"video_questions": _QA_FILES}, (("video_questions",),), _VIDEO_QA,
