@@ -19,6 +19,7 @@ import qformer
 from qformer.data import clean_caption
 from qformer.evaluation import TASKS, matching
 from qformer.metrics.retrieval import order_keys, read_keys, recall_at_k
+from qformer.shapes.write import write_world
 
 REPO = Path(__file__).resolve().parent.parent
 PHOTOS = Path(os.environ.get("QFORMER_PHOTOS", REPO.parent / "shared" / "photos"))
@@ -308,3 +309,25 @@ def test_photographs_are_searched_by_their_captions(tiny, tmp_path):
     scores = scored(tmp_path, str(tmp_path / "run" / "adapter"), str(records), *RETRIEVAL)
     assert scores["n"] == {"images": 12, "captions": 60}
     assert TASKS["retrieval"].rules[0] == scores["rule"]
+
+
+def test_the_shapes_world_is_searched(tmp_path):
+    write_world(tmp_path, n_train=96, n_validation=16, n_questions=7)
+    arguments = [
+        f"data.train=[{tmp_path}/train.jsonl]",
+        "data.validation=[]",
+        f"run.dir={tmp_path}/run",
+        "train.cpu=true",
+    ]
+    arguments += [
+        "train.max_steps=24",
+        "train.global_batch_size=16",
+        "train.micro_batch_size=16",
+        "optim.warmup_steps=2",
+    ]
+    run_stage(1, [str(REPO / "configs/shapes/stage1.yaml"), *arguments, "train.mixed_precision=no", "data.workers=0"])
+    held_out = [str(tmp_path / "run/adapter"), str(tmp_path / "validation.jsonl"), "--workers", "0", "--device", "cpu"]
+    scores = scored(tmp_path, *held_out, "--task", "retrieval_coco", "--split", "validation")
+    assert scores["n"] == {"images": 16, "captions": 80}
+    assert scores["protocol"]["candidates"] == 128
+    assert scores["other_rules"]["itc"]["text_to_image"]["5"] > 100 * 5 / 16, "more than by chance"
