@@ -1,6 +1,7 @@
 """Ask a frozen language model about an image it sees through a trained Q-Former.
 
 python stages/ask.py runs/s2/adapter photo.jpg "what colour is the car?" "how many wheels?"
+python stages/ask.py runs/s2/adapter photo.jpg "is it a dog?" --choose-from yes no
 python stages/ask.py runs/s2/adapter photo.jpg        # a conversation; an empty line ends it
 python stages/ask.py runs/s2/adapter left.jpg "are both cars red?" --also right.jpg
 python stages/ask.py runs/s2/adapter clip.mp4 "what happens?"    # pip install 'qformer[video]'
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sample", action="store_true", help="sample (nucleus 0.9) instead of beam search")
     parser.add_argument("--num-beams", type=int, help="beams of the search (default: llm.num_beams)")
     parser.add_argument("--device", help="where to run, e.g. cpu or cuda:1 (default: an accelerator if there is one)")
+    parser.add_argument("--choose-from", nargs="+", metavar="ANSWER", help="take the likeliest of these answers")
     parser.add_argument("--prompt", help="prompt of a question, {} in its place (default: llm.vqa_prompt)")
     args = parser.parse_args(argv)
     # Only now what imports torch.
@@ -42,9 +44,15 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--num-beams {args.num_beams}: expected 1 or more")
         if args.prompt is not None and (problem := prompt_problem(args.prompt or " ")):
             raise ValueError(f"--prompt {problem}")
+        if args.choose_from and not args.question:
+            raise ValueError("--choose-from: a conversation has no list of answers; expected a question before it")
         model = load(args.adapter, args.device)
         generation: dict[str, Any] = {"do_sample": True, "num_beams": 1} if args.sample else {}
         generation |= {} if args.num_beams is None else {"num_beams": args.num_beams}
+        if args.choose_from:
+            for losses in model.rank([pictures], args.question, args.choose_from, prompt=args.prompt):
+                _print(args.choose_from[int(losses.argmin())])
+            return
         if args.question:
             for answer in model.answer([pictures], args.question, prompt=args.prompt, **generation):
                 _print(answer)

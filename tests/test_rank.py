@@ -9,13 +9,14 @@ import torch
 from test_asking import chatting
 from test_evaluation import error_of, evaluate, scored, write
 from test_language import build
+from test_stages import stage_main
 from tiny import run_stage, shake
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer.build import build_stage2
 from qformer.config import ConfigError, Stage2Config, load_config
 from qformer.config.protocol import read_protocol
-from qformer.inference import VisionLanguageModel
+from qformer.inference import VisionLanguageModel, load
 from qformer.language import PromptTooLong
 from tests import test_language_sweep as sweep
 
@@ -179,3 +180,14 @@ def test_mistakes_in_what_to_choose_from_are_named_before_a_model_is_loaded(tiny
     with pytest.raises(SystemExit):
         evaluate([adapter, questions, "--task", str(tmp_path / "caption.yaml")])
     assert "choose_from: task caption does not read it" in capsys.readouterr().err
+
+
+def test_ask_takes_the_likeliest_of_the_answers_named(tiny, adapter, capsys):
+    picture = str(tiny.records.parent / "00.png")
+    stage_main("ask")([adapter, picture, "what colour ?", "where ?", "--choose-from", "red", "blue", "--device", "cpu"])
+    model = load(adapter, device="cpu")
+    losses = model.rank(picture, ["what colour ?", "where ?"], ["red", "blue"])
+    assert capsys.readouterr().out.split() == [["red", "blue"][int(loss.argmin())] for loss in losses]
+    with pytest.raises(SystemExit):
+        stage_main("ask")([adapter, picture, "--choose-from", "red", "blue"])
+    assert "--choose-from: a conversation has no list of answers" in capsys.readouterr().err
