@@ -86,28 +86,23 @@ def official(folder: Path, **captions_by_id: str) -> str:
 
 @java
 @published
-def test_the_scores_of_coco_captions_demo_are_the_published_ones(monkeypatch):
-    folder = SHARED / "metrics"
-    results = json.loads((folder / "fakecap_results.json").read_text())
-    known = json.loads((folder / "fakecap_scores.json").read_text())
-    references: dict[int, list[str]] = {}
-    for row in json.loads((folder / "fakecap_references_ptb.json").read_text())["annotations"]:
-        references.setdefault(row["image_id"], []).append(row["caption"])
+def test_the_scores_of_coco_captions_demo_are_the_published_ones(tmp_path, monkeypatch):
+    results, references = (SHARED / "metrics" / f"fakecap_{name}.json" for name in ("results", "references_ptb"))
+    known = json.loads((SHARED / "metrics/fakecap_scores.json").read_text())
     run = captions.score_by_java
     monkeypatch.setattr(captions, "score_by_java", lambda name, *rest: run(name, *rest) if name == "METEOR" else "no")
-    texts = [row["caption"] for row in results]
-    theirs = [references[row["image_id"]] for row in results]
-    scores = score_captions(texts, theirs, "none")  # these references are tokens already
-    for name, value in scores.values.items():
+    arguments = ["--predictions", str(results), str(references), "--task", "caption", "--rule"]
+    scores = scored(tmp_path, *arguments, "none")  # these references are tokens already
+    assert (scores["n"], scores["scores"].pop("SPICE"), scores["absent"]) == (1000, None, {"SPICE": "no"})
+    assert set(scores["scores"]) == {*IN_PYTHON, "METEOR"}
+    for name, value in scores["scores"].items():
         assert f"{value:.3f}" == f"{known['published'][name]:.3f}", name
         if name in known["recomputed"]:
             assert round(value, 5) == known["recomputed"][name], name
-    assert set(scores.values) == {*IN_PYTHON, "METEOR"}
-    assert scores.absent == {"SPICE": "no"}
     monkeypatch.setattr(captions, "score_by_java", lambda name, *rest: "no")
     for tokenizer in ("PTB", "approximate"):  # again: the end of one reference goes
-        scores = score_captions(texts, theirs, tokenizer)
-        assert all(f"{value:.3f}" == f"{known['published'][name]:.3f}" for name, value in scores.values.items())
+        again = scored(tmp_path, *arguments, tokenizer)["scores"]
+        assert all(f"{again[name]:.3f}" == f"{known['published'][name]:.3f}" for name in IN_PYTHON)
 
 
 def test_a_case_by_hand():
