@@ -1,12 +1,17 @@
 """What is kept on disk: written whole or not at all, with checksums as `sha256sum` writes them."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import logging
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +56,29 @@ def remove_partial(folder: Path) -> None:
     """Remove the scratch folders that a killed process left in `folder`; nobody else may be writing there."""
     for scratch in folder.glob(f".*{PARTIAL}"):
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def lock(file: IO[str], what: str) -> str | None:
+    """Lock an open file until it is closed or this process ends, however it ends; returns None, or who holds it already.
+
+    A lock by `fcntl` and not by `flock`: the workers of a killed run live on for seconds and would still hold the latter.
+
+    Args:
+        file: opened with "a+"; it will say who holds it.
+        what: that is locked by it, for a warning where the disk knows no locks.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            return file.read(200).strip() or "another run"
+        logger.warning("%s cannot be locked (%s): see that no second run uses it", what, error.strerror)
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return None
 
 
 def _to_disk(path: Path) -> None:

@@ -1,21 +1,17 @@
 """The folder of a run: who may write to it, what in it to resume from, and what becomes of a save that fails."""
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
-import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 from qformer.checkpoint import find_corruption, list_checkpoints, require_disk_space
 from qformer.distributed import gather_objects, rank, world_size
-from qformer.files import remove_partial
+from qformer.files import lock, remove_partial
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -93,10 +89,7 @@ def save_or_go_on(save: Callable[[], object], run_dir: Path, step: int, must: bo
 
 @contextlib.contextmanager
 def exclusive_lock(run_dir: Path) -> Iterator[None]:
-    """Lock the folder for as long as this process lives; a killed run leaves no lock.
-
-    A lock by `fcntl` and not by `flock`: the workers of a killed run live on for seconds and would still hold the latter.
-    """
+    """Lock the folder for as long as this process lives; a killed run leaves no lock."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / LOCK).open("a+")
@@ -106,24 +99,9 @@ def exclusive_lock(run_dir: Path) -> Iterator[None]:
             f"user {os.getuid()}"
         ) from None
     with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(
-                    f"run.dir={run_dir} is in use by {_owner(file)}; wait for it, stop it, or choose another run.dir"
-                ) from None
-            logger.warning("run.dir=%s cannot be locked (%s): see that no second run uses it", run_dir, error.strerror)
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+        if owner := lock(file, f"run.dir={run_dir}"):
+            raise ValueError(f"run.dir={run_dir} is in use by {owner}; wait for it, stop it, or choose another run.dir")
         yield
-
-
-def _owner(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read(200).strip() or "another run"
 
 
 def resume_from(run_dir: Path, resume: str | None) -> Path | None:

@@ -134,6 +134,7 @@ def test_huge_pages_are_asked_for_before_torch_is_imported(stage, tmp_path):
     (tmp_path / "file").touch()
     arguments = {
         "ask": [str(tmp_path), str(tmp_path / "file")],
+        "capfilt": [str(tmp_path / "file"), "--out", str(tmp_path / "out"), "--filter", str(tmp_path)],
         "convert": ["--from", "lavis", "x.pth", "--out", str(tmp_path / "out")],
         "evaluate": [str(tmp_path), str(tmp_path / "file")],
         "export": [str(tmp_path), str(tmp_path / "out"), "--to", "transformers"],

@@ -64,7 +64,8 @@ def choose_fields(rows: datasets.Dataset, source: str) -> datasets.Dataset:
             logger.warning("%s has no field %r and its field %r is not read", source, name, near[0])
 
     expected = {"image": "a path or a picture", "caption": "a string or a list of strings", "question": "a string"}
-    expected |= {"answers": "a list of strings, or of objects with 'answer'", "choices": "a list of strings"}
+    expected |= {"answers": "a list of strings, or of objects with 'answer'"}
+    expected |= dict.fromkeys(("choices", "origin"), "a list of strings")
     expected |= {"images": "a list of paths or pictures", "video": "a path or a clip"}
     for name in [name for name in FIELDS if name in features]:
         if not _fits(name, features[name]):
@@ -90,7 +91,7 @@ def _fits(name: str, kind: Any) -> bool:
         return is_text(kind) or is_bytes or is_struct or isinstance(kind, (datasets.Image, datasets.Video))
     if name == "question":
         return is_text(kind)
-    if name in ("caption", "answers", "choices"):
+    if name in ("caption", "answers", "choices", "origin"):
         is_mixed = isinstance(kind, datasets.Json)  # strings in one record and lists in another: see `texts_of`
         is_official = name == "answers" and isinstance(kind, datasets.List) and _has_answer(kind.feature)
         return is_text(kind) or is_texts or is_mixed or is_official

@@ -25,7 +25,7 @@ import numpy as np
 IMAGE_FIELDS = ("image", "images", "video")  # a record has one of them
 FIELDS = (
     *IMAGE_FIELDS, "caption", "question", "answers", "choices", "image_id", "question_id", "question_type",
-    "answer_type", "split",
+    "answer_type", "split", "origin",
 )  # fmt: skip
 CLIPS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg")  # by these endings a file is a video
 LIST_AS_TEXT = re.compile(r'\[\s*"')  # `datasets` turns a list that follows megabytes of strings into its JSON text
@@ -69,6 +69,7 @@ class Record:
         choices: of a question with several to choose from, in their order; `answers` is then the text of the right one.
         clip: the image is a video.
         images: all of several images, in their order; () for one.
+        origins: of each caption, "web" or "synthetic", where the records came out of CapFilt.
     """
 
     image: str
@@ -84,6 +85,7 @@ class Record:
     split: str | None = None
     number_id: bool = field(default=False, compare=False)
     choices: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
     clip: bool = False
     images: tuple[Identity, ...] = field(default=(), repr=False)
 
@@ -247,6 +249,7 @@ def build_record(images: Sequence[Identity], fields: Mapping[str, Any]) -> Recor
         captions = tuple(text for text in texts_of("caption", fields.get("caption")) if text)
         answers = texts_of("answers", fields.get("answers"))  # an empty one counts
         choices = texts_of("choices", fields.get("choices"))
+        origins = texts_of("origin", fields.get("origin"))
     except ValueError as error:
         return Record(identity.name, identity.image_id, problem=str(error))
     return Record(
@@ -264,6 +267,7 @@ def build_record(images: Sequence[Identity], fields: Mapping[str, Any]) -> Recor
         choices=choices,
         clip=identity.clip,
         images=several,
+        origins=origins,
     )
 
 

@@ -41,7 +41,7 @@ VIDEOS = tuple(ending[1:] for ending in CLIPS)
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 SAY_EVERY_S = 30.0
 # What a .json may say, and of which type; the rest of it is not read.
-TEXTS, IDS = ("caption", "answers", "choices"), ("image_id", "question_id", "question_type", "answer_type")
+TEXTS, IDS = ("caption", "answers", "origin", "choices"), ("image_id", "question_id", "question_type", "answer_type")
 BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 TRIED = 8  # records that are looked at when tars are opened
@@ -171,7 +171,8 @@ def _fields(values: Any) -> dict[str, Any]:
         is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
         is_number = isinstance(value, (int, float))
         is_official = isinstance(value, list) and all(isinstance(v, dict) and "answer" in v for v in value)
-        fits = {"caption": is_text or is_texts, "answers": is_text or is_texts or is_official, "question": is_text}
+        texts = is_text or is_texts
+        fits = {"caption": texts, "origin": texts, "answers": texts or is_official, "question": is_text}
         if not fits.get(name, is_text or is_number):
             raise ValueError(f"{name!r} in its .json is {type(value).__name__}; expected text as in the record schema")
     return fields

@@ -64,7 +64,7 @@ def evaluate(
     if predictions:
         outputs = read_predictions(predictions, kind, texts, partly=limit is not None)
     else:
-        made_of: dict[str, Any] = {"task": protocol.task, "mode": mode, "adapter": _fingerprint(adapter)}
+        made_of: dict[str, Any] = {"task": protocol.task, "mode": mode, "adapter": fingerprint(adapter)}
         made_of |= {"split": protocol.split, **clips, **{key: generation.get(key) for key in kind.options}}
         made_of["records"] = [os.path.abspath(s) if os.path.exists(s) else s for s in sources]
         results = _compute(adapter, kind, chosen, mode=mode, rule=rule, answers=answers, made_of=made_of,
@@ -149,7 +149,7 @@ def _require_writable(*files: Path | None) -> None:
             raise ValueError(f"{file} cannot be written here")
 
 
-def _fingerprint(adapter: str) -> str:
+def fingerprint(adapter: str) -> str:
     """What tells the trained weights of an adapter from others."""
     digest = hashlib.sha256(b"")
     for path in sorted(Path(adapter).glob("*.safetensors")):

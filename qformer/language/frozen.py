@@ -1,5 +1,6 @@
 """What every frozen language model has in common: loss, generation, and rows of visual prompt and text."""
 
+import functools
 import inspect
 import logging
 import warnings
@@ -17,6 +18,7 @@ from qformer.language.chat import Chat
 from qformer.language.limits import Limits
 from qformer.language.loss import LanguageLoss, loss_of_rows
 from qformer.language.rereading import rereading
+from qformer.language.sampling import SeededNucleus
 from qformer.language.trial import find_problem, heeds_mask, keeps_rows
 from qformer.language.visual import VisualRows
 from qformer.messages import one_line
@@ -186,7 +188,7 @@ class FrozenLanguageModel(nn.Module, ABC):
         self, visual_prompt: Tensor | None, prompts: Sequence[Prompt], *, max_new_tokens: int = 30,
         min_new_tokens: int = 0, num_beams: int = 5, length_penalty: float = 1.0, do_sample: bool = False,
         top_p: float = 0.9, temperature: float = 1.0, num_return: int = 1, repetition_penalty: float = 1.0,
-        no_repeat_ngram_size: int = 0, visual_mask: Tensor | None = None,
+        no_repeat_ngram_size: int = 0, visual_mask: Tensor | None = None, seeds: Sequence[int] | None = None,
     ) -> list[str]:  # fmt: skip
         """Continue each prompt up to EOS, a line end or `max_new_tokens`; a batch gives what each row alone gives.
 
@@ -199,6 +201,8 @@ class FrozenLanguageModel(nn.Module, ABC):
             repetition_penalty: above 1, tokens that the text already holds become less likely; the prompt does not count.
             no_repeat_ngram_size: no run of so many tokens occurs twice in a text; 0 = any may.
             visual_mask: as of `loss`.
+            seeds: one for each of the B * num_return texts, which then depends on its row and seed alone; by default
+                torch's random state decides over the batch. For plain nucleus sampling only.
 
         Returns: B * num_return texts without their prompts, the texts of a row next to each other.
         Raises: PromptTooLong; ValueError for a search that cannot give `num_return` texts, or a row with nothing to start
@@ -213,42 +217,46 @@ class FrozenLanguageModel(nn.Module, ABC):
             )
         if not prompts:
             return []
-        settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+        assert seeds is None or (do_sample and num_beams == 1), "seeds are for plain nucleus sampling"
+        free = do_sample and seeds is None  # with seeds: a greedy search behind what draws
+        settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0} if free else {}
         settings |= {"length_penalty": length_penalty, "early_stopping": False} if num_beams > 1 else {}
         settings |= {"no_repeat_ngram_size": no_repeat_ngram_size} if no_repeat_ngram_size > 0 else {}
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens or None,
             num_beams=num_beams,
-            do_sample=do_sample,
-            num_return_sequences=num_return,
+            do_sample=free,
+            num_return_sequences=num_return if seeds is None else 1,
             **self._special_ids,
             **settings,
         )
         embeds, mask = self._start(visual, [self._before(p) for p in prompts], list(prompts))
         self._limits.require_positions(embeds.shape[1], max_new_tokens, "prompt and answer may take")
+        # Not by the config: there, with rows from embeddings, padding shields the first new tokens from the penalty.
+        penalty = [RepetitionPenalty(repetition_penalty)] if repetition_penalty != 1 else []
+        draw = functools.partial(SeededNucleus, top_p=top_p, temperature=temperature, length=max_new_tokens)
+        if seeds is not None:
+            embeds, mask = embeds.repeat_interleave(num_return, 0), mask.repeat_interleave(num_return, 0)
         groups = (
             [slice(None)] if bool(mask.all()) or self._try_padding() else [slice(i, i + 1) for i in range(len(mask))]
         )
         new_ids = [
             row
             for group in groups
-            for row in self._search(
-                embeds[group], mask[group], config, penalty=repetition_penalty, alone=len(groups) > 1
-            )
+            for processors in [[*penalty, *([] if seeds is None else [draw(seeds[group])])]]
+            for row in self._search(embeds[group], mask[group], config, processors, alone=len(groups) > 1)
         ]
         assert all(len(row) <= max_new_tokens for row in new_ids)
         return [self._text(row) for row in new_ids]
 
     def _search(
-        self, embeds: Tensor, mask: Tensor, config: GenerationConfig, *, penalty: float, alone: bool
+        self, embeds: Tensor, mask: Tensor, config: GenerationConfig, processors: list[Any], *, alone: bool
     ) -> list[list[int]]:
         """New ids of each row; `alone`: a single row, whose padding is taken off."""
         if alone:
             embeds, mask = embeds[:, mask[0]], mask[:, mask[0]]
-        # Not by the config: there, with rows from embeddings, padding shields the first new tokens from the penalty.
-        penalties = [RepetitionPenalty(penalty)] if penalty != 1 else []
-        more: dict[str, Any] = {"logits_processor": LogitsProcessorList(penalties)} if penalties else {}
+        more: dict[str, Any] = {"logits_processor": LogitsProcessorList(processors)} if processors else {}
         inputs = {"inputs_embeds": embeds, "attention_mask": mask.long(), "generation_config": config, **more}
         copies = max(cast(int, config.num_beams), cast(int, config.num_return_sequences))
         new_ids = None
