@@ -2,8 +2,8 @@
 
 python stages/capfilt.py web.jsonl --captioner runs/s2/adapter --filter runs/s1/adapter --out runs/web
 python stages/capfilt.py 'web/*.tar' --filter runs/s1/adapter --out runs/web        # the web's captions only
-python stages/capfilt.py runs/web/records.jsonl --captioner ... --filter ... --out runs/web2  # a second round
-sbatch --array=0-99 ... python stages/capfilt.py ... (the same line in every job)   # shares the shards
+python stages/capfilt.py runs/web/records.jsonl --captioner ... --filter ... --out runs/web2 # round 2
+accelerate launch stages/capfilt.py ...          # or the same line in every job of an array: they share
 
 The same command goes on where it was stopped; once everything is there it does nothing. docs/capfilt.md
 """
