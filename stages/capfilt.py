@@ -1,11 +1,11 @@
 """Write captions for web images and drop those that do not match, theirs and the web's (CapFilt).
 
-python stages/capfilt.py web.jsonl --captioner runs/s2/adapter --filter runs/s1/adapter --out runs/web
-python stages/capfilt.py 'web/*.tar' --filter runs/s1/adapter --out runs/web        # the web's captions only
-python stages/capfilt.py runs/web/records.jsonl --captioner ... --filter ... --out runs/web2 # round 2
-accelerate launch stages/capfilt.py ...          # or the same line in every job of an array: they share
+python stages/capfilt.py web.jsonl --captioner runs/s2/adapter --filter runs/s1/adapter --out web2
+python stages/capfilt.py 'web/*.tar' --filter runs/s1/adapter --out web2   # no new captions
+python stages/capfilt.py web2/records.jsonl --captioner ... --filter ... --out web3   # round 2
+accelerate launch stages/capfilt.py ...    # or the same line in every job of an array: they share
 
-The same command goes on where it was stopped; once everything is there it does nothing. docs/capfilt.md
+The same line goes on where it was stopped; when everything is there it does nothing.
 """
 
 import argparse
