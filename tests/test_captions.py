@@ -165,6 +165,8 @@ def test_mistakes_are_named(monkeypatch):
         score_captions(["a", "b"], [["a"], []], "approximate")
     with pytest.raises(ValueError, match="2 captions for 1 images"):
         score_captions(["a", "b"], [["a"]], "approximate")
+    with pytest.raises(ValueError, match=r"\['a'\] is no caption; expected a text for each image"):
+        score_captions([["a"]], [["a"]], "approximate")
     monkeypatch.setattr(captions, "find_java", lambda: None)
     with pytest.raises(ValueError, match=r"needs Java: pip install 'qformer\[captions\]'; or give --rule approximate"):
         score_captions(["a"], [["a"]], "PTB")

@@ -58,6 +58,8 @@ def score_captions(
     require_caption_metrics(tokenizer)
     if len(predictions) != len(references) or not predictions:
         raise ValueError(f"{len(predictions)} captions for {len(references)} images; give one each, one or more in all")
+    if odd := [text for text in predictions if not isinstance(text, str)]:
+        raise ValueError(f"{odd[0]!r} is no caption; expected a text for each image")
     if not all(references):
         raise ValueError(f"image {[bool(texts) for texts in references].index(False)} (from 0) has no reference")
     java = None if tokenizer == APPROXIMATE else find_java()

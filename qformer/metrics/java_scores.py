@@ -22,10 +22,8 @@ CAPTION_S = 0.5
 # SPICE's libraries are older than the modules of Java.
 OPENED = ("java.lang", "java.util", "java.math", "java.net", "java.text", "java.io", "java.nio", "java.util.concurrent")
 JAVA_VARIABLES = {
-    "JDK_JAVA_OPTIONS": " ".join(
-        ["-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8"]
-        + [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENED]
-    )
+    "JAVA_TOOL_OPTIONS": "-Dfile.encoding=UTF-8 -Dstdout.encoding=UTF-8",
+    "JDK_JAVA_OPTIONS": " ".join(f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENED),  # since Java 9
 }
 
 
@@ -35,7 +33,8 @@ def score_by_java(
     """The score of a corpus of tokenized captions by METEOR or SPICE, and each caption's; in words, why there is none."""
     with tempfile.TemporaryDirectory(prefix="qformer_") as folder:
         out = Path(folder) / "out.json"
-        environment = os.environ | JAVA_VARIABLES
+        ours = {name: f"{os.environ.get(name, '')} {value}".strip() for name, value in JAVA_VARIABLES.items()}
+        environment = os.environ | ours
         environment["PATH"] = os.pathsep.join([str(Path(java).parent), os.environ.get("PATH", "")])
         child = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), name, str(out)], env=environment, start_new_session=True,
