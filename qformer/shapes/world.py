@@ -7,6 +7,7 @@ picture never shows a scene that anything was trained on.
 
 import random
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -72,8 +73,15 @@ def draw_split(rng: random.Random, validation: bool, n_items: int | None = None)
     return scene
 
 
-def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw the picture of a scene: 64 x 64 RGB with a graded background, jittered places, radii and colours."""
+def render(
+    scene: Scene, rng: random.Random, at: Mapping[Item, tuple[float, float]] | None = None
+) -> Image.Image:  # fmt: skip
+    """Draw the picture of a scene: 64 x 64 RGB with a graded background, jittered places, radii and colours.
+
+    Args:
+        at: centres of items that are on their way, instead of their places'.
+    """
+    at = at or {}
     up = 3  # supersampling
     side = IMAGE_SIDE * up
     low, high = (tuple(rng.randint(0, 90) for _ in range(3)) for _ in range(2))
@@ -81,7 +89,7 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
     picture = Image.composite(Image.new("RGB", (side, side), low), Image.new("RGB", (side, side), high), grade)
     pen = ImageDraw.Draw(picture)
     for item in scene:
-        x, y = (up * (c + rng.uniform(-3, 3)) for c in item.xy)
+        x, y = (up * (c + rng.uniform(-3, 3)) for c in at.get(item, item.xy))
         r = up * SIZES[item.size] * rng.uniform(0.9, 1.1)
         fill = tuple(max(0, min(255, c + rng.randint(-15, 15))) for c in COLOURS[item.colour])
         if item.shape == "circle":
