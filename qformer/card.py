@@ -28,8 +28,9 @@ def model_card(config: Any, step: int, dropped: int) -> str:
         f"Trainable tensors of a Q-Former between frozen models, after {step} steps of "
         f"{config.train.global_batch_size} records; {dropped} broken records were replaced."
     )
-    data = f"data: {', '.join(f'`{source}`' for source in config.data.train)}"
-    return card(f"qformer adapter, {stage_name(config)}", config, [data], about=about)
+    written = [f" ({text})" if text != "caption" else "" for text, _ in config.data.wordings()]
+    named = (f"`{source}`{text}" for source, text in zip(config.data.train, written, strict=True))
+    return card(f"qformer adapter, {stage_name(config)}", config, [f"data: {', '.join(named)}"], about=about)
 
 
 def converted_card(config: ModelPart, library: str, source: str, facts: list[str]) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_bad_input import write_lines
+from test_doctor import examine
 from test_models import build, run
 from test_training import ADAPTER, assert_same_tensors, launch, metrics
 from tiny import Tiny, run_stage
@@ -202,6 +204,7 @@ def test_a_run_on_questions_resumed_is_the_run_and_its_adapter_answers(tiny, tmp
     assert_same_tensors(tmp_path / "whole" / ADAPTER, tmp_path / "halves" / ADAPTER)
     assert metrics(tmp_path / "whole")[-2]["lm"] == metrics(tmp_path / "halves")[-2]["lm"]
     assert "validation_lm" in metrics(tmp_path / "whole")[-1]
+    assert f"data: `{tiny.records}` (vqa)" in (tmp_path / "whole/adapter/README.md").read_text()
     captioned = tiny.stage2(tmp_path / "captions", "stage2.instructed=true", "train.max_steps=1")
     run_stage(2, captioned)
     assert metrics(tmp_path / "captions")[0]["lm"] != metrics(tmp_path / "whole")[0]["lm"]
@@ -264,3 +267,16 @@ def test_configs_instruct_trains_on_all_its_data_sets(tiny, tmp_path, capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert "drawn by weight, source by source: " in told
     assert len(metrics(tmp_path / "run")) >= 3
+
+
+def test_the_doctor_looks_at_what_is_written(tiny, tmp_path):
+    verdicts, code = examine(tmp_path, *tiny.stage2(tmp_path / "run", "data.text=vqa", "stage2.instructed=true"))
+    status, text = verdicts["captions"]
+    assert (status, text.startswith("24 texts of ")) == ("ok", True), (code, text)
+    none = write_lines(
+        tmp_path / "none.jsonl", [{"image": str(tiny.records.parent / "00.png"), "caption": "a dog"}] * 24
+    )
+    verdicts, code = examine(tmp_path, *tiny.stage2(tmp_path / "run", f"data.train=[{none}]", "data.text=vqa"))
+    assert code != 0
+    assert "24 (100.0%) cannot be read, the first: " in verdicts["data"][1]
+    assert "the record has no answers, or only empty ones" in verdicts["data"][1]
