@@ -25,7 +25,7 @@ def itc_loss(similarities: Tensor, same: Tensor, label_smoothing: float) -> Tens
 
     Args:
         similarities: float[B, C], already divided by the temperature.
-        same: bool[B, C], True where row and candidate belong to the same picture; they share the target evenly.
+        same: bool[B, C], True where row and candidate belong to the same image; they share the target evenly.
         label_smoothing: share of the target spread over all candidates.
     """
     targets = same.float() / same.sum(1, keepdim=True)
@@ -35,14 +35,14 @@ def itc_loss(similarities: Tensor, same: Tensor, label_smoothing: float) -> Tens
 
 @torch.no_grad()
 def draw_hard_negatives(similarities: Tensor, same: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw for each row one candidate of another picture, from softmax(similarities).
+    """Draw for each row one candidate of another image, from softmax(similarities).
 
     Args:
         similarities: float[B, C], divided by the temperature.
         same: bool[B, C]; those candidates are never drawn.
         noise: uniform [0, 1) float[B, C]; the same noise gives the same draw (Gumbel's trick), on any number of ranks.
 
-    Returns: int64[B] candidates, and bool[B] whether the row has any candidate of another picture.
+    Returns: int64[B] candidates, and bool[B] whether the row has any candidate of another image.
     """
     gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
     return (similarities.float() + gumbel).masked_fill(same, -math.inf).argmax(1), ~same.all(1)

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     with reported_errors():
         pictures = [args.picture, *args.also]
         if missing := [picture for picture in pictures if not Path(picture).is_file()]:
-            raise ValueError(f"no picture {missing[0]}")
+            raise ValueError(f"no image {missing[0]}")
         if args.num_beams is not None and args.num_beams < 1:
             raise ValueError(f"--num-beams {args.num_beams}: expected 1 or more")
         if args.prompt is not None and (problem := prompt_problem(args.prompt or " ")):

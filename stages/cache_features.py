@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="bfloat16",
                         help="of what is stored; int8 with a scale a token"
                         )  # fmt: skip
-    parser.add_argument("--crops", type=int, default=0, help="random crops of each picture beside the whole one")
+    parser.add_argument("--crops", type=int, default=0, help="random crops of each image beside the whole one")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures or crops that the encoder sees at a time")
     parser.add_argument("--shard-mb", type=float, default=256, help="size of a shard; one is in memory at a time")
     args = parser.parse_intermixed_args(argv)
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             now = time.monotonic()
             if now - reported_at > 30 and not sys.stderr.isatty():
                 left = timedelta(seconds=round((now - start) / done * (share - done)))
-                logger.info("%d of %d pictures of this process, %.3g a second, %s left", done, share,
+                logger.info("%d of %d images of this process, %.3g a second, %s left", done, share,
                             done / (now - start), left)  # fmt: skip
                 reported_at = now
 
@@ -83,14 +83,14 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("this process is through, others are not")
         return
     seconds = time.monotonic() - start
-    print(f"{config.data.features}: {summary.pictures} pictures, {summary.size_bytes / 1e9:.3g} GB; "
+    print(f"{config.data.features}: {summary.pictures} images, {summary.size_bytes / 1e9:.3g} GB; "
           f"{done} by this process in {seconds:.1f} s; {len(summary.broken)} broken")  # fmt: skip
     for image_id, reason in list(summary.broken.items())[:5]:
         print(f"  broken: {image_id}: {reason}", file=sys.stderr)
 
 
 def _counted(batches):
-    """One item a picture, as they come a batch at a time."""
+    """One item an image, as they come a batch at a time."""
     for count in batches:
         yield from range(count)
 

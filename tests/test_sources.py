@@ -223,8 +223,8 @@ def test_sources_refused(tmp_path):
         ("nowhere://bucket/none.tar", "'nowhere://bucket/none.tar' cannot be read: .*nowhere"),
         ("memory://a.jsonl", "only .tar files are read at one; download it, or pack tars"),
         ("memory://a.parquet", "only .tar files are read at one; download it, or pack tars"),
-        (str(tmp_path / "pictures"), "holds 1 pictures but no text beside them; expected metadata.jsonl"),
-        (str(tmp_path / "cache"), "holds no pictures"),
+        (str(tmp_path / "pictures"), "holds 1 images but no text beside them; expected metadata.jsonl"),
+        (str(tmp_path / "cache"), "holds no images"),
     ]:
         with pytest.raises(ValueError, match=message) as found:
             read_records([name], key="data.train")
@@ -252,7 +252,7 @@ def test_nothing_in_a_tar_reaches_beyond_it(tmp_path):
     records = read_records([str(tmp_path / "x.tar")])
     assert [r.captions for r in records] == [(), ("up",), (), (), (), ()]
     for record in (r for r in records if not r.captions):
-        with pytest.raises(BrokenRecord, match="it has no picture"):
+        with pytest.raises(BrokenRecord, match="it has no image"):
             record.require_sound()
     assert number_of(records[1]) == 0  # a name like any other: nothing is written
     assert sorted(tmp_path.rglob("*.png")) == before
@@ -270,7 +270,7 @@ def test_broken_records_of_a_tar_are_replaced_and_counted(tmp_path, caplog):
     records = read_records([str(tmp_path / "x.tar")])
     assert len(records) == 30
     told = [reason for b in evaluation_loader(dataset_of(records, in_order=True), 4, 0) for reason in b.dropped]
-    expected = ["#1: the record has no caption", "#2: it has no picture .*only txt", "#3: Expecting property name",
+    expected = ["#1: the record has no caption", "#2: it has no image .*only txt", "#3: Expecting property name",
                 "#4: 'utf-8' codec", "#5: 'caption' in its .json is int", "#6: .*(truncated|broken)",
                 "#7: its .json holds list", "#8: 'answers' in its .json is int", "#9: .*cannot identify"]  # fmt: skip
     assert len(told) == len(expected)
@@ -367,7 +367,7 @@ def test_image_folders(tmp_path, caplog):
         assert len(records.first_of_each_picture()) == n
         if kind == "beside":
             assert (records[2].question, records[2].answers) == ("q?", ("a",))
-            assert "1 pictures of" in caplog.text
+            assert "1 images of" in caplog.text
     (tmp_path / "jsonl/metadata.jsonl").write_text(json.dumps({"file_name": "../csv/0.png", "text": "x"}))
     with pytest.raises(ValueError, match=r"metadata.jsonl: image '../csv/0.png' leaves its root"):
         read_records([str(tmp_path / "jsonl")])

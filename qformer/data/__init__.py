@@ -1,4 +1,4 @@
-"""Records, their order, their pictures and their batches."""
+"""Records, their order, their images and their batches."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,10 +1,10 @@
-"""The feature cache: what a frozen encoder makes of every picture, kept on disk and read in any order.
+"""The feature cache: what a frozen encoder makes of every image, kept on disk and read in any order.
 
     CACHE/manifest.json              whose features these are (`Manifest`); written first
-    CACHE/shard-00000.safetensors    P pictures, whole or not there at all
-        tokens  dtype[T, Dv]         the tokens of every view of every picture, one after another, without padding
+    CACHE/shard-00000.safetensors    P images, whole or not there at all
+        tokens  dtype[T, Dv]         the tokens of every view of every image, one after another, without padding
         scales  float32[T]           only of int8: a token is its row of `tokens` times its scale
-        ends    int64[n * V]         where each view ends in T: picture 0 view 0, picture 0 view 1, ..., picture 1 view 0
+        ends    int64[n * V]         where each view ends in T: image 0 view 0, image 0 view 1, ..., image 1 view 0
         metadata "qformer"           JSON: {"ids": [n image_ids], "broken": {image_id: reason}}
     CACHE/index.safetensors          written last; a cache without it is unfinished
         keys    int64[M]             `picture_key` of every image_id, ascending
@@ -12,7 +12,7 @@
         bounds  int64[M, V + 1]      where in T its views begin and end
         metadata "qformer"           JSON: {"broken": {image_id: reason}}
 
-View 0 is the whole picture, views 1 to V - 1 are random crops. A picture that could not be read is in `broken` only.
+View 0 is the whole image, views 1 to V - 1 are random crops. An image that could not be read is in `broken` only.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Manifest:
 
     Args:
         encoder: loader, id, pretrained, revision, random_weights, block, image_size and dtype of the frozen encoder.
-        transform: size, mean, std and interpolation of the pictures; None where features came from files.
-        crops: count of random crops beside the whole picture, their scale and seed.
+        transform: size, mean, std and interpolation of the images; None where features came from files.
+        crops: count of random crops beside the whole image, their scale and seed.
         features: dtype, width Dv and num_tokens N (None if it varies) of what is stored.
-        data: sources, number of pictures and the fingerprint of their image_ids in order.
-        shards: count, and pictures in each.
+        data: sources, number of images and the fingerprint of their image_ids in order.
+        shards: count, and images in each.
         versions: of the libraries that had a part in it.
     """
 
@@ -72,7 +72,7 @@ class Manifest:
 
     @property
     def views(self) -> int:
-        """The whole picture and its random crops."""
+        """The whole image and its random crops."""
         return 1 + self.crops["count"]
 
 
@@ -140,7 +140,7 @@ def quantize(tokens: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
 
 
 class FeatureCache:
-    """Features of pictures by `image_id`, read where they lie: nothing is kept in memory, and any order is as good.
+    """Features of images by `image_id`, read where they lie: nothing is kept in memory, and any order is as good.
 
     Reads go straight into the tensor returned, by position, so that processes may share an object across a fork and
     resident memory stays flat where a memory map of the shards would grow with every page read.
@@ -161,7 +161,7 @@ class FeatureCache:
             )
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len(self._index["keys"])
 
     def __contains__(self, image_id: str) -> bool:
@@ -177,15 +177,15 @@ class FeatureCache:
 
     @cached_property
     def broken(self) -> dict[str, str]:
-        """Why a picture is not in the cache, by `image_id`."""
+        """Why an image is not in the cache, by `image_id`."""
         with TensorFile(self.folder / INDEX) as file:
             return file.metadata["broken"]
 
     def read(self, image_id: str, view: int = 0) -> Tensor:
-        """Features float[N, Dv] of one view of a picture, in the stored dtype; bfloat16 if that is quantised.
+        """Features float[N, Dv] of one view of an image, in the stored dtype; bfloat16 if that is quantised.
 
         Raises:
-            BrokenRecord: the picture could not be read when the cache was written, or was not among those written.
+            BrokenRecord: the image could not be read when the cache was written, or was not among those written.
             ValueError: a shard is missing or damaged.
         """
         assert 0 <= view < self.manifest.views, view

@@ -59,19 +59,19 @@ class Summary(NamedTuple):
 
 
 class CacheWriter:
-    """Writes the features of every picture of some records once, under its `image_id`.
+    """Writes the features of every image of some records once, under its `image_id`.
 
-    A picture's features are a function of the picture and the manifest alone: its crops are drawn from (seed, image_id,
+    An image's features are a function of the image and the manifest alone: its crops are drawn from (seed, image_id,
     crop), and batches never cross shards. So shards may be written by any process, in any order, now or later, and are
     the same bytes.
 
     Args:
         folder: of the cache; taken up again if it holds an unfinished one of the same manifest.
         encoder: what identifies the frozen encoder, for the manifest.
-        transform: of the pictures; None where records name feature files.
+        transform: of the images; None where records name feature files.
         num_tokens: None if it varies.
         dtype: float32, bfloat16, float16, or with a scale a token (see `quantize`) int8.
-        crops: random crops beside the whole picture.
+        crops: random crops beside the whole image.
         shard_bytes: size of a shard, about.
 
     Raises:
@@ -87,7 +87,7 @@ class CacheWriter:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
         if crops < 0 or (crops and transform is None):
-            raise ValueError(f"crops={crops}: expected 0 or more for pictures, 0 for feature files")
+            raise ValueError(f"crops={crops}: expected 0 or more for images, 0 for feature files")
         self.folder, self.transform = Path(folder).expanduser(), transform
         self.records = records
         self.pictures = records.first_of_each_picture()
@@ -129,7 +129,7 @@ class CacheWriter:
 
     def _take_up(self, there: Manifest) -> None:
         expected = {k: v for k, v in dataclasses.asdict(self.manifest).items() if k not in ("shards", "versions")}
-        del expected["data"]["sources"]  # the same pictures may come by other names
+        del expected["data"]["sources"]  # the same images may come by other names
         if lines := differences(dataclasses.asdict(there), expected):
             raise ValueError(
                 f"data.features={self.folder} holds another cache; name another folder, or remove it:\n  "
@@ -153,7 +153,7 @@ class CacheWriter:
         lengths = "" if m.features["num_tokens"] else " on average"
         there = m.shards["count"] - len(self.missing)
         return (
-            f"{count} pictures x {self.tokens_per_picture:.0f} tokens{lengths} of {m.features['width']} in "
+            f"{count} images x {self.tokens_per_picture:.0f} tokens{lengths} of {m.features['width']} in "
             f"{m.features['dtype']}: {count * self.picture_bytes / 1e9:.3g} GB in {m.shards['count']} shards "
             f"({there} are there already)"
         )
@@ -190,7 +190,7 @@ class CacheWriter:
         rank: int = 0,
         world: int = 1,
     ) -> Iterator[int]:
-        """Write this process's share, every `world`-th of the missing shards; yields the pictures of each batch done.
+        """Write this process's share, every `world`-th of the missing shards; yields the images of each batch done.
 
         Args:
             encode: a frozen encoder: inputs and mask -> tokens float[B, N, Dv] and mask.
@@ -229,7 +229,7 @@ class CacheWriter:
 
         Every process calls it when it is through: the last one finds them all.
 
-        Raises: ValueError when no picture at all could be read, or a shard is damaged.
+        Raises: ValueError when no image at all could be read, or a shard is damaged.
         """
         paths = [self._shard(number) for number in range(self.manifest.shards["count"])]
         if not all(path.exists() for path in paths):
@@ -248,7 +248,7 @@ class CacheWriter:
         every = np.concatenate(keys)
         if len(every) == 0:
             image_id, reason = next(iter(broken.items()))
-            raise ValueError(f"none of {len(broken)} pictures could be read, the first: {image_id}: {reason}")
+            raise ValueError(f"none of {len(broken)} images could be read, the first: {image_id}: {reason}")
         order = np.argsort(every)
         ascending = every[order]
         assert (ascending[1:] > ascending[:-1]).all(), "two image_ids of one key"  # a difference could overflow
@@ -287,7 +287,7 @@ class _Pictures(Dataset[Tensor | str]):
 
 
 class _Shard:
-    """The pictures of one shard as they come, in the order of the records."""
+    """The images of one shard as they come, in the order of the records."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest

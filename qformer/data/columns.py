@@ -1,4 +1,4 @@
-"""The columns of a table of Hugging Face `datasets` as the fields of the schema, and the pictures in them."""
+"""The columns of a table of Hugging Face `datasets` as the fields of the schema, and the images in them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def columns_of(names: list[str]) -> dict[str, str]:
 
 
 def choose_fields(rows: datasets.Dataset, source: str) -> datasets.Dataset:
-    """Return the table reduced to the fields of the schema, pictures undecoded.
+    """Return the table reduced to the fields of the schema, images undecoded.
 
     Raises: ValueError naming the field that is missing or of the wrong type.
     """
@@ -105,7 +105,7 @@ def _has_answer(kind: Any) -> bool:
 
 
 def _undecoded(kind: Any) -> Any:
-    """The type of a column of pictures or clips, or lists of them, that leaves them as they are; None for any other."""
+    """The type of a column of images or clips, or lists of them, that leaves them as they are; None for any other."""
     import datasets
 
     if isinstance(kind, (datasets.Image, datasets.Video)):
@@ -116,7 +116,7 @@ def _undecoded(kind: Any) -> Any:
 
 
 def image_columns(rows: datasets.Dataset) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """Each field of pictures: its name, the columns "path" and "bytes" that it has, and int64[n] the row of each picture."""
+    """Each field of images: its name, the columns "path" and "bytes" that it has, and int64[n] the row of each image."""
     import pyarrow
     import pyarrow.compute as pc
 

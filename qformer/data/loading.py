@@ -174,7 +174,7 @@ def load_input(
     draws: Sequence[np.random.Generator | None],
     width: int | None = None,
 ) -> list[Tensor]:
-    """A record of one image as an encoder takes it, once for each of `draws` (None = the whole picture).
+    """A record of one image as an encoder takes it, once for each of `draws` (None = the whole image).
 
     Pixels are float[3, S, S], of a clip float[n, 3, S, S]; without a transform the features float[N, Dv] of its file, once.
 
@@ -219,8 +219,8 @@ class Batch:
     """Samples side by side; `len(batch)` may be 0 in an evaluation, where broken records are only in `dropped`.
 
     Args:
-        images: float[I, 3, S, S] for pictures, float[I, N, Dv] padded with zeros for features; each different one once.
-        image_mask: bool[I, N], True at features; None for pictures.
+        images: float[I, 3, S, S] for images, float[I, N, Dv] padded with zeros for features; each different one once.
+        image_mask: bool[I, N], True at features; None for images.
         image_of: int64[B, K], the images of each sample in their order, -1 where it has fewer than K; None where each
             has one, its own: then I = B.
         dropped: one reason for each broken record met.
@@ -270,7 +270,7 @@ class Batch:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack pictures or pad features, each different one once; samples without an image leave only their reasons.
+    """Stack images or pad features, each different one once; samples without an image leave only their reasons.
 
     Raises:
         ValueError: features of different widths.

@@ -6,7 +6,7 @@
     {"images": ["left.jpg", "right.jpg"], "question": "are both dogs?", "answers": ["yes"]}
     {"image": "clip.mp4", "question": "what does the dog do?", "answers": ["it runs"]}
 
-Nothing here opens a picture: a record is checked for its form when it is read and for its content when it is used.
+Nothing here opens an image: a record is checked for its form when it is read and for its content when it is used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LIST_AS_TEXT = re.compile(r'\[\s*"')  # `datasets` turns a list that follows meg
 
 
 class Identity(NamedTuple):
-    """What tells a picture from others, without its text."""
+    """What tells an image from others, without its text."""
 
     name: str
     image_id: str
@@ -41,7 +41,7 @@ class Identity(NamedTuple):
 
 
 class BrokenRecord(ValueError):
-    """A record whose picture, features or text cannot be used; `reason` says why, `image` which."""
+    """A record whose image, features or text cannot be used; `reason` says why, `image` which."""
 
     def __init__(self, image: str, reason: str):
         super().__init__(image, reason)
@@ -54,10 +54,10 @@ class BrokenRecord(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One picture (or clip, or feature file), or several, and the text that belongs to it.
+    """One image (or clip, or feature file), or several, and the text that belongs to it.
 
     Args:
-        image: absolute path, or "SOURCE#ROW" where the picture travels inside the source (`image_bytes`); the first of
+        image: absolute path, or "SOURCE#ROW" where the image travels inside the source (`image_bytes`); the first of
             several.
         image_id: equal for records of the same image; by default the path, relative to the folder that all sources lie
             in (so that ids move with it), or a hash of the bytes; of several, their ids in a row.
@@ -139,7 +139,7 @@ class Table(Protocol):
         ...
 
     def identities(self) -> Iterator[tuple[Identity, ...]]:
-        """The pictures of every row, in order."""
+        """The images of every row, in order."""
         ...
 
 
@@ -186,7 +186,7 @@ class Records:
                 raise ValueError(f"{table.source}: record {table.several} (from 0) names several images; {why}")
 
     def first_of_each_picture(self) -> dict[str, int]:
-        """The first record of every image's `image_id`, in order; reads the pictures that travel inside the sources.
+        """The first record of every image's `image_id`, in order; reads the images that travel inside the sources.
 
         Raises:
             ValueError: records of one image_id name different files.

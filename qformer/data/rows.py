@@ -90,7 +90,7 @@ class Rows:
         return self.rows.remove_columns(inside) if inside else self.rows
 
     def identities(self) -> Iterator[tuple[Identity, ...]]:
-        """The pictures of every row; pictures inside the table are read."""
+        """The images of every row; images inside the table are read."""
         columns = [name for name in (*IMAGE_FIELDS, "image_id") if name in self.rows.column_names]
         row = 0
         for batch in self.rows.select_columns(columns).iter(batch_size=256):
@@ -112,7 +112,7 @@ class Rows:
         return tuple(identities)
 
     def resolve(self, path: str) -> str:
-        """Return the absolute path of a picture; the check is lexical, so links inside the folder may lead out."""
+        """Return the absolute path of an image; the check is lexical, so links inside the folder may lead out."""
         if "://" in path:
             raise ValueError(f"{self.source}: image {path!r} is an address; download it and write its path instead")
         if os.path.isabs(path):
@@ -126,7 +126,7 @@ class Rows:
 
 
 def picture_of(image: Any) -> tuple[str | None, bytes | None]:
-    """The path and the content of a picture in any of the forms that a table holds it in."""
+    """The path and the content of an image in any of the forms that a table holds it in."""
     if isinstance(image, bytes):
         return None, image
     return (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
@@ -153,7 +153,7 @@ def open_table(path: str, rows: datasets.Dataset, split: str | None, root: str |
 
 
 def open_metadata(folder: str, name: str, base: str, key: str) -> Rows:
-    """Open the metadata file of an image folder, whose pictures all lie in the folder.
+    """Open the metadata file of an image folder, whose images all lie in the folder.
 
     Raises: ValueError as `read_records` does.
     """
@@ -193,7 +193,7 @@ def _checked(source: str, rows: datasets.Dataset, folder: str | None, *, confine
         raise ValueError(f"{key}: {source} holds no records")
     rows = choose_fields(rows, source)
     if folder is None and not any("bytes" in parts for _, parts, _ in image_columns(rows)):
-        raise ValueError(f"{key}: {source} names its pictures by path; give the root that the paths start from")
+        raise ValueError(f"{key}: {source} names its images by path; give the root that the paths start from")
     table = Rows(source, rows, os.path.abspath(os.path.expanduser(folder or "")), confined, base)
     _check_encoding(table, key)
     _check_images(table)

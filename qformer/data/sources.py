@@ -20,7 +20,7 @@ COMPRESSED = re.compile(r"\.(tgz|tar\.\w+)$")
 def read_records(
     sources: list[str], root: str | None = None, *, key: str = "data", beside: Sequence[str] = ()
 ) -> Records:
-    """Open sources of records as one sequence, checked for form but with no picture opened.
+    """Open sources of records as one sequence, checked for form but with no image opened.
 
     The first reading of a record file leaves an Arrow copy in the cache of `datasets`, that of tars an index; later
     ones map it into memory.
@@ -30,7 +30,7 @@ def read_records(
             VQA's questions and annotations both; folders of images, or saved by `datasets`; WebDataset tars, here or at an address
             of fsspec (with {000..099}, {a,b}, * and ? in the name); ids of hub data sets. "SOURCE:NAME" keeps only
             the records whose `split` is NAME (a file) or reads that split (a hub data set, otherwise its "train").
-        root: the folder that relative pictures of record files start from; by default the folder of the record file.
+        root: the folder that relative images of record files start from; by default the folder of the record file.
         key: the config key that named the sources, for messages.
         beside: other sources whose image_ids must not meet these ones: they are relative to the folder that all lie in.
 

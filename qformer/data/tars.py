@@ -2,7 +2,7 @@
 
     00000.tar: 000000001.jpg 000000001.txt 000000001.json 000000002.jpg ...
 
-Files next to each other whose names are equal up to the first dot are one record: its picture or clip, its caption
+Files next to each other whose names are equal up to the first dot are one record: its image or clip, its caption
 (.txt) and the schema's other fields (.json, whose "caption" stands in for a missing .txt). Nothing is ever unpacked to a disk.
 
 The index is made once, by reading every tar's headers, and kept with the cache of `datasets`: eight bytes a record, one
@@ -99,31 +99,31 @@ class Tars:
         return any(self.read(row).clip for row in range(min(TRIED, len(self))))
 
     def identities(self) -> Iterator[tuple[Identity, ...]]:
-        """The picture of every row; all of the tars are read."""
+        """The image of every row; all of the tars are read."""
         for row in range(len(self)):
             record = self.read(row)
             yield (Identity(record.image, record.image_id, record.image_bytes or b"", record.clip),)
 
 
-def record_of_files(name: str, files: dict[str, bytes], picture: str | None = None, base: str = "") -> Record:
+def record_of_files(name: str, files: dict[str, bytes], image: str | None = None, base: str = "") -> Record:
     """The record that files of one name and several endings make up.
 
     Args:
-        picture: path of the picture where it is a file by itself; otherwise it is one of `files`.
+        image: path of the image where it is a file by itself; otherwise it is one of `files`.
         base: the folder that image_ids of such paths are relative to.
     """
     ending = next((ending for ending in (*PICTURES, *VIDEOS) if ending in files), "")
     content = files.get(ending)
     try:
-        if content is None and picture is None:
-            raise ValueError(f"it has no picture ({', '.join(PICTURES)}), only {', '.join(files) or 'nothing'}")
+        if content is None and image is None:
+            raise ValueError(f"it has no image ({', '.join(PICTURES)}), only {', '.join(files) or 'nothing'}")
         values = json.loads(decode_text(files["json"], name)) if "json" in files else {}
         fields = _fields(values)
         if "txt" in files:
             fields["caption"] = [line for line in decode_text(files["txt"], name).splitlines() if line.strip()]
         elif not fields.keys() & {"caption", "question"}:
             raise ValueError(
-                f"the record has no caption: no .txt (only {', '.join(files) or 'the picture'}), and "
+                f"the record has no caption: no .txt (only {', '.join(files) or 'the image'}), and "
                 + (
                     f"its .json has only {', '.join(values) or 'nothing'}; expected caption"
                     if files.get("json")
@@ -132,7 +132,7 @@ def record_of_files(name: str, files: dict[str, bytes], picture: str | None = No
             )
     except (ValueError, RecursionError) as error:  # of json.loads too
         return Record(name, name, problem=one_line(error))
-    identity = identify(picture or name, content, fields.get("image_id"), base)
+    identity = identify(image or name, content, fields.get("image_id"), base)
     return build_record([identity._replace(clip=identity.clip or ending in VIDEOS)], fields)
 
 

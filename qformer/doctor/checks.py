@@ -214,7 +214,7 @@ def check_disk(case: Case) -> Verdict:
 
 
 def check_data(case: Case, split: str) -> Verdict:
-    """Read the first records and some spread over all files as the run would, but whole pictures."""
+    """Read the first records and some spread over all files as the run would, but whole images."""
     config = case.config
     records = read_split(config.data, split)
     count = min(case.sample, len(records))
@@ -293,7 +293,7 @@ def check_captions(case: Case) -> Verdict:
 
 
 def check_static_memory(case: Case) -> Verdict:
-    """What is there before any picture: frozen weights; trainable ones with gradient and two moments in float32."""
+    """What is there before any image: frozen weights; trainable ones with gradient and two moments in float32."""
     assert case.encoder is not None
     assert case.adapter is not None
     copies = 4 if case.processes == 1 else 5  # across processes gradients are also held in buckets

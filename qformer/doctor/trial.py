@@ -171,7 +171,7 @@ def _of_time(case: Case, step: Step) -> Finding:
     if read_s > step_s or (not workers and read_s > 0.2 * step_s):
         # by its parent's count; a container may be given fewer
         need = min(math.ceil(max(1, workers) * read_s / step_s), os.cpu_count() or 1)
-        more = f"set data.workers={need}" if need > workers else "read smaller pictures or a feature cache"
+        more = f"set data.workers={need}" if need > workers else "read smaller images or a feature cache"
         return Finding(
             "time", WARNING, f"{text}; reading takes {read_s:.3g} s a step, computing {step_s:.3g} s: {more}"
         )

@@ -21,7 +21,7 @@ class OpenClipEncoder(FrozenEncoder):
         """Cut `visual`, the `.visual` of an open_clip model, in place.
 
         Raises:
-            ValueError: the tower is not a ViT, takes oblong pictures, or has no such block.
+            ValueError: the tower is not a ViT, takes oblong images, or has no such block.
         """
         from open_clip.timm_model import TimmModel
         from open_clip.transformer import VisionTransformer

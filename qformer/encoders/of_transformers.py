@@ -42,7 +42,7 @@ class TransformersEncoder(FrozenEncoder):
         """Cut `tower`, a vision model such as `CLIPVisionModel` or `Dinov2Model`, in place.
 
         Raises:
-            ValueError: the family is not supported, cannot take pictures of that size, or has no such block.
+            ValueError: the family is not supported, cannot take images of that size, or has no such block.
         """
         config, side = tower.config, input_transform.size
         _check_family(config.model_type)

@@ -49,7 +49,7 @@ def _answers_of(entry: Mapping[str, Any]) -> Row:
 
 
 def coco_image(subtype: str, image_id: int) -> str:
-    """The path of a COCO picture of 2014 or 2015: "val2014", 9 -> val2014/COCO_val2014_000000000009.jpg."""
+    """The path of a COCO image of 2014 or 2015: "val2014", 9 -> val2014/COCO_val2014_000000000009.jpg."""
     if not subtype or not isinstance(image_id, int):
         return str(image_id)  # not COCO's: its answers can be scored all the same
     folder = subtype.replace("-dev", "")
