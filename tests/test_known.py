@@ -289,6 +289,17 @@ def test_answers_without_their_questions_and_those_of_others_are_named(tmp_path)
         read_records([str(mine), str(other)])
 
 
+@pytest.mark.parametrize("change", [{"answers": None}, {"question_id": "x"}, {"answers": [{"text": "net"}]}])
+def test_an_entry_that_is_not_as_published_is_one_line(change, tmp_path):
+    questions, annotations = vqa_files("val2014")
+    part = questions["questions"] if "question_id" in change else annotations["annotations"]
+    part.append({**part[0], **change})
+    for name, content in (("q", questions), ("a", annotations)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"q\.json has the form of vqa_questions, but is not as published"):
+        read_records([str(tmp_path / "q.json"), str(tmp_path / "a.json")])
+
+
 def test_record_files_are_no_published_files(tmp_path):
     rows = [{"image": "a.jpg", "question": "q?", "answers": [{"answer": "x"}], "caption": ["a", "b"], "question_id": 1}]
     (tmp_path / "list.json").write_text(json.dumps(rows))

@@ -18,7 +18,9 @@ Source: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py; LAVIS
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 
+DISTINCT_ANSWERS = 1 << 16  # that are remembered: a data set's people give the same few thousand again and again
 RULES = ("official-2021", "official-2017", "always")
 
 _PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
@@ -61,6 +63,7 @@ class VqaScore:
     n_by_type: dict[str, int]
 
 
+@lru_cache(DISTINCT_ANSWERS)
 def normalize_answer(text: str) -> str:
     """Lower-case an answer, drop articles and punctuation, write numbers as digits and fix contractions.
 
@@ -142,6 +145,7 @@ def _tidy(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(DISTINCT_ANSWERS)
 def _strip_punctuation(text: str) -> str:
     number_comma = _NUMBER_COMMA.search(text) is not None
     table = {ord(p): "" if number_comma or f"{p} " in text or f" {p}" in text else " " for p in _PUNCTUATION}

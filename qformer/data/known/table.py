@@ -7,17 +7,19 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qformer.data.known import captions, questions
 from qformer.data.known.captions import Row
 from qformer.data.known.formats import recognise
 from qformer.data.records import FIELDS
+from qformer.messages import one_line
 
 if TYPE_CHECKING:
     import datasets
 
 ROWS_AT_A_TIME = 10_000
+LISTS = ("images", "caption", "answers", "choices")  # the fields that hold several texts
 ANSWERS, QUESTIONS = "vqa_annotations", "vqa_questions"
 _READ = {
     "karpathy": captions.karpathy,
@@ -76,30 +78,35 @@ def published_rows(path: str, name: str, annotations: Sequence[str] = ()) -> dat
             f"{path} has the form of {name}, which needs other files beside it; make record files of them: "
             "python -m qformer.data.known --help"
         )
+    import pyarrow
+
     try:
         return _table(rows)
-    except KeyError as error:
-        raise ValueError(f"{path} has the form of {name}, but an entry has no {error}; download it again") from error
+    except (KeyError, TypeError, AttributeError, pyarrow.ArrowInvalid) as error:
+        what = f"an entry has no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise ValueError(
+            f"{path} has the form of {name}, but is not as published: {what}; download it again"
+        ) from error
 
 
 def _table(rows: Iterator[Row]) -> datasets.Dataset:
     import datasets
+    import pyarrow
 
-    texts = datasets.List(datasets.Value("string"))
-    kinds: dict[str, Any] = dict.fromkeys(FIELDS, datasets.Value("string"))
-    kinds |= {name: texts for name in ("caption", "answers", "images", "choices") if name in kinds}
     first = next(rows, None)
     if first is None:
         return datasets.Dataset.from_dict({"image": []})
-    kinds |= {name: datasets.Value("int64") for name in ("image_id", "question_id") if isinstance(first.get(name), int)}
-    parts, present = [], set[str]()
+    kinds = {name: pyarrow.list_(pyarrow.string()) if name in LISTS else pyarrow.string() for name in FIELDS}
+    kinds |= {name: pyarrow.int64() for name in ("image_id", "question_id") if isinstance(first.get(name), int)}
+    schema, parts = pyarrow.schema(list(kinds.items())), []
     rows = itertools.chain([first], rows)
-    while part := [_whole(row, kinds) for row in itertools.islice(rows, ROWS_AT_A_TIME)]:
-        present |= {name for row in part for name, value in row.items() if value is not None}
-        parts.append(datasets.Dataset.from_list(part, features=datasets.Features(kinds)))
-    return datasets.concatenate_datasets(parts).select_columns([name for name in kinds if name in present])
+    while part := [_whole(row) for row in itertools.islice(rows, ROWS_AT_A_TIME)]:
+        parts.append(pyarrow.Table.from_pylist(part, schema=schema))
+    whole = pyarrow.concat_tables(parts)
+    present = [name for name in whole.column_names if whole[name].null_count < len(whole)]
+    return datasets.Dataset(datasets.table.InMemoryTable(whole.select(present)))
 
 
-def _whole(row: Row, kinds: dict[str, Any]) -> Row:
+def _whole(row: Row) -> Row:
     """A row with every field; empty lists are none."""
-    return {name: None if (value := row.get(name)) in ([], ()) else value for name in kinds}
+    return {name: None if (value := row.get(name)) in ([], ()) else value for name in FIELDS}
