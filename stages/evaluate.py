@@ -3,11 +3,12 @@
 python stages/evaluate.py runs/s2/adapter questions.jsonl --json scores.json
 python stages/evaluate.py runs/s2/adapter questions.jsonl --mode text-only      # without the image
 python stages/evaluate.py runs/s2/adapter questions.jsonl --mode oracle-caption # its caption
-python stages/evaluate.py runs/s2/adapter coco.jsonl --task coco_caption       # configs/tasks/*.yaml
+python stages/evaluate.py runs/s2/adapter coco.jsonl --task coco_caption   # configs/tasks
 python stages/evaluate.py runs/s2/adapter test.jsonl --submit vqa.json          # for a server
 python stages/evaluate.py --predictions vqa.json questions.jsonl                # without a model
+python stages/evaluate.py --predictions r.json captions_val2014.json --task caption  # published
 accelerate launch stages/evaluate.py runs/s2/adapter questions.jsonl --answers out.jsonl  # resumes
-accelerate launch stages/evaluate.py runs/s1/adapter coco.jsonl --task retrieval_coco --answers search # a folder
+accelerate launch stages/evaluate.py runs/s1/adapter coco.jsonl --task retrieval_coco --answers DIR
 """
 
 import argparse
