@@ -158,6 +158,7 @@ def test_the_photographs_official_files_are_scored(tmp_path):
         mine = row["multiple_choice_answer"]
         expected.append(sum(min(1, (counts[mine] - (a == mine)) / 3) for a in answers) / 10)
     assert done["scores"]["overall"] == pytest.approx(100 * sum(expected) / len(rows), abs=1e-9)
+    assert [row["accuracy"] for row in done["results"]] == pytest.approx([100 * value for value in expected])
     assert {k: v["n"] for k, v in done["by_answer_type"].items()} == Counter(row["answer_type"] for row in rows)
 
 
@@ -285,3 +286,19 @@ def test_every_protocol_of_questions_runs_from_an_adapter_to_a_file_for_the_serv
         assert (asked["rule"], asked["n"]) == ("always" if task == "textvqa" else task, 3)
         again = scored(tmp_path, "--predictions", str(submitted), records, "--task", task)
         assert again["scores"] == asked["scores"]
+
+
+def test_the_photographs_official_questions_are_asked_of_an_adapter(tiny, tmp_path):
+    if not (PHOTOS / "vqa_questions.json").is_file():
+        pytest.skip(f"no photographs in {PHOTOS}; set QFORMER_PHOTOS to a folder with vqa_questions.json")
+    run_stage(2, tiny.stage2(tmp_path / "run", "train.max_steps=1", "data.validation=[]"))
+    files = [str(PHOTOS / f"vqa_{what}.json") for what in ("questions", "annotations")]
+    submitted = tmp_path / "vqa.json"
+    arguments = ["--task", "vqav2", "--split", "train", "--device", "cpu", "--workers", "0", "--num-beams", "1"]
+    arguments += ["--max-new-tokens", "2", "--min-new-tokens", "0", "--submit", str(submitted)]
+    asked = scored(tmp_path, str(tmp_path / "run" / "adapter"), *files, *arguments)
+    assert (asked["n"], asked["dropped"], asked["rule"]) == (39, 0, "official-2021")
+    ids = [row["question_id"] for row in json.loads(Path(files[0]).read_text())["questions"]]
+    assert [row["question_id"] for row in json.loads(submitted.read_text())] == ids
+    again = scored(tmp_path, "--predictions", str(submitted), *files[::-1])
+    assert again["scores"] == asked["scores"]

@@ -396,6 +396,8 @@ def test_tars_of_img2dataset_are_checked_and_named(tmp_path, capsys):
     run("cc3m", folder, "--out", tmp_path / "out")
     assert "24 records" in capsys.readouterr().out
     assert f'train: ["{folder}/{{00000..00002}}.tar"]' in (tmp_path / "out" / "data.yaml").read_text()
+    with pytest.raises(ValueError, match="its tars are a source of records"):
+        read_known("cc3m", [folder])
     (folder / "00001_stats.json").unlink()
     assert "lacks 00001_stats.json" in refused(capsys, "cc3m", folder, "--out", tmp_path / "out")
     (folder / "00001.tar").unlink()

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from qformer.config.help import HelpFormatter
-from qformer.data.known.sets import KNOWN
-from qformer.data.known.writing import WEB, Written, write_known, write_web
+from qformer.data.known.sets import KNOWN, WEB
+from qformer.data.known.writing import Written, write_known, write_web
 from qformer.messages import nearest, print_error
 
 

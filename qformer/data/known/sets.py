@@ -13,6 +13,13 @@ from qformer.data.known.formats import recognise
 from qformer.data.known.reading import File, look_for, text_lines
 from qformer.messages import nearest
 
+# Image and text pairs of the web: published as addresses, downloaded by img2dataset, whose tars are read as they are.
+WEB = {
+    "cc3m": "Conceptual Captions 3M",
+    "cc12m": "Conceptual Captions 12M",
+    "sbu": "SBU captions",
+    "laion": "LAION-400M, -115M or any other list of addresses and captions",
+}
 Files = Mapping[str, Sequence[File]]  # by format
 
 
@@ -44,6 +51,8 @@ def read_known(name: str, paths: Sequence[str | Path]) -> Iterator[Row]:
 
     Raises: ValueError when there is no such set, a file is missing, or one is not of this set.
     """
+    if name in WEB:
+        raise ValueError(f"{name}: its tars are a source of records by themselves; web_source checks and names them")
     if name not in KNOWN:
         raise ValueError(f"{name!r} is no known data set; {nearest(name, KNOWN)}; all are {', '.join(KNOWN)}")
     return _checked(name, _sort(name, paths))

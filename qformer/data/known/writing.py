@@ -14,13 +14,6 @@ from qformer.data.known.captions import Row
 from qformer.data.known.sets import read_known
 from qformer.files import atomic_file
 
-# Image and text pairs of the web: published as addresses, downloaded by img2dataset, whose tars are read as they are.
-WEB = {
-    "cc3m": "Conceptual Captions 3M",
-    "cc12m": "Conceptual Captions 12M",
-    "sbu": "SBU captions",
-    "laion": "LAION-400M, -115M or any other list of addresses and captions",
-}
 NO_SPLIT = "records"  # the name of the file of records that have no split
 
 
