@@ -1,5 +1,7 @@
 """Collectives that are also right without a process group: every function works alone as a world of one rank."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +12,13 @@ from qformer.messages import one_line
 def world_size() -> int:
     """Number of ranks W; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device_of_rank() -> str | None:
+    """The accelerator of this process among those that a launcher started on this machine; None = there is no such."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    number = os.environ.get("LOCAL_RANK")
+    return None if accelerator is None or number is None else f"{accelerator.type}:{number}"
 
 
 def rank() -> int:

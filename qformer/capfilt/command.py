@@ -8,13 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qformer.capfilt.judging import Bootstrap, Captioner, Filter, Method
 from qformer.capfilt.running import Work, describe
 from qformer.capfilt.shards import LINES, TARS, Shards
 from qformer.capfilt.summary import summarise
 from qformer.data import Records, read_records
+from qformer.distributed import device_of_rank
 from qformer.evaluation.command import fingerprint
 from qformer.inference import load
 
@@ -54,7 +53,7 @@ def bootstrap(
     shards = Shards(out, records, count=count, size=shard_records, form=form, made_of=made_of)
     if shards.missing():
         began_at = time.monotonic()
-        device = device or _device_of_rank()
+        device = device or device_of_rank()
         work = Work(
             shards,
             Bootstrap(
@@ -87,14 +86,6 @@ def _form_of(records: Records, form: str | None) -> str:
             f"--format {LINES}: the images travel inside the sources, so a line cannot name them; use {TARS}"
         )
     return form or (TARS if inside else LINES)
-
-
-def _device_of_rank() -> str | None:
-    """This process's own accelerator among those that a launcher started; None = the first."""
-    if "LOCAL_RANK" not in os.environ or not torch.accelerator.is_available():
-        return None
-    accelerator: Any = torch.accelerator.current_accelerator()
-    return f"{accelerator.type}:{os.environ['LOCAL_RANK']}"
 
 
 def _report(summary: dict[str, Any], entry: str, out: Path) -> None:
