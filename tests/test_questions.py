@@ -13,12 +13,13 @@ from test_bad_input import write_lines
 from test_doctor import examine
 from test_models import build, run
 from test_training import ADAPTER, assert_same_tensors, launch, metrics
-from tiny import Tiny, run_stage
+from tiny import Tiny, run_stage, write_records
 
 from qformer.build import build_dataset
 from qformer.config import ConfigError, Stage1Config, Stage2Config, load_config, to_yaml
 from qformer.config.data import ANSWERS, TEXTS
 from qformer.data import BrokenRecord, Draw, Record, RecordDataset, Wording, build_order, captions, collate, shares
+from qformer.inference import load
 
 REPO = Path(__file__).resolve().parent.parent
 QUESTION = Record("a.png", "a", ("A dog.", "One dog!"), "What IS it?", ("dog", "dog", "a  dog\n", "", "cat"), 7)
@@ -280,3 +281,24 @@ def test_the_doctor_looks_at_what_is_written(tiny, tmp_path):
     assert code != 0
     assert "24 (100.0%) cannot be read, the first: " in verdicts["data"][1]
     assert "the record has no answers, or only empty ones" in verdicts["data"][1]
+
+
+def test_colours_are_learnt_from_questions_and_said_and_ranked_on_other_images(tiny, tmp_path):
+    train, held_out = write_records(tmp_path / "train", 64, seed=7), write_records(tmp_path / "other", 32, seed=9)
+    more = [
+        f"data.train=[{train}]",
+        "data.validation=[]",
+        "data.augment=false",
+        "qformer.dropout=0",
+        "train.max_steps=100",
+    ]
+    run_stage(2, tiny.stage2(tmp_path / "run", *VQA[:2], *more, "optim.lr=5e-3", "optim.warmup_steps=10"))
+    model = load(tmp_path / "run/adapter", device="cpu")
+    rows = [json.loads(line) for line in held_out.read_text().splitlines()]
+    images, asked = [str(held_out.parent / row["image"]) for row in rows], [row["question"] for row in rows]
+    answers = [row["answers"][0] for row in rows]
+    colours = sorted(set(answers))
+    ranked = [colours[int(losses.argmin())] for losses in model.rank(images, asked, colours)]
+    for outputs in (ranked, model.answer(images, asked, num_beams=1)):
+        right = sum(a == b for a, b in zip(outputs, answers, strict=True)) / len(answers)
+        assert right > 0.6, f"{right:.0%} of {len(colours)} colours"
