@@ -317,3 +317,20 @@ def test_seeded_draws_have_the_probabilities_of_the_nucleus():
         shares = torch.bincount(tokens, minlength=4) / 4000
         assert shares[3] == 0, "outside of the nucleus"
         assert (shares[:3] - torch.tensor([0.5, 0.3, 0.15]) / 0.95).abs().max() < 0.025
+
+
+def test_jobs_that_start_together_do_not_take_each_others_beginning_for_other_files(web, tmp_path):
+    records = read_records([str(web)])
+    first, second = (
+        shards_module.Shards(tmp_path / "out", records, count=4, size=2, form="jsonl", made_of={"seed": 0})
+        for _ in range(2)
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.made_of.json.1.partial").touch()
+    shards_module.Shards(tmp_path / "out", records, count=4, size=2, form="jsonl", made_of={"seed": 0}).begin()
+    first.begin()
+    second.begin()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        shards_module.Shards(tmp_path / "other", records, count=4, size=2, form="jsonl", made_of={"seed": 0})

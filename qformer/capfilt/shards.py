@@ -50,7 +50,9 @@ class Shards:
         self.count = -(-count // size)
         path = folder / MADE_OF
         if not path.is_file():
-            if folder.is_dir() and any(folder.iterdir()):
+            if folder.is_dir() and any(
+                path.suffix != PARTIAL for path in folder.iterdir()
+            ):  # another may just begin it
                 raise ValueError(f"--out {folder} holds other files; name a new folder, or one that this command began")
             return
         there = json.loads(path.read_text())
@@ -62,11 +64,12 @@ class Shards:
 
     def begin(self) -> None:
         """Make the folders; for each process."""
-        for name in ("scores", "locks", *(["shards"] if self.form == LINES else [])):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / MADE_OF).is_file():
             with atomic_file(self.folder / MADE_OF) as scratch:
                 scratch.write_text(json.dumps(self.made_of, indent=1) + "\n")
+        for name in ("scores", "locks", *(["shards"] if self.form == LINES else [])):
+            (self.folder / name).mkdir(exist_ok=True)
 
     def kept_file(self, number: int) -> Path:
         """Where the kept records of a shard stand; once it is there the shard is done."""
