@@ -1,14 +1,17 @@
 """Records of several images: read and checked, encoded once each, their visual prompts one after the other."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_instructed import INSTRUCTED
 from test_models import build, run
 from test_stages import refused, stage_main
-from tiny import IMAGE_SIDE, Tiny, run_stage
+from tiny import IMAGE_SIDE, WORDS, Tiny, run_stage
 
 import qformer
 from qformer.build import build_dataset, build_stage2
@@ -16,6 +19,7 @@ from qformer.config import Stage2Config, load_config
 from qformer.data import Draw, RecordDataset, Sample, collate, read_records
 from qformer.encoders import Features
 
+REPO = Path(__file__).resolve().parent.parent
 QUESTION = "what colour is the square ?"
 
 
@@ -237,3 +241,31 @@ def test_ask_also_puts_one_question_about_all_pictures(adapter, pictures, capsys
     stage_main("ask")([adapter, pictures[0], "what ?", "--also", pictures[1], "--device", "cpu", "--num-beams", "1"])
     together = capsys.readouterr().out.strip()
     assert together == model.answer([pictures[:2]], ["what ?"], num_beams=1)[0]
+
+
+def test_two_processes_train_and_evaluate_on_several_images_as_one(tiny, tmp_path):
+    sets = [["00.png", "01.png"], ["02.png"], ["03.png", "04.png", "05.png"], ["06.png"]]
+    rows = [{"images": names, "caption": f"a {WORDS[4 + i % 4]} square"} for i, names in enumerate(sets * 4)]
+    rows = [{**row, "question": QUESTION, "question_id": i, "answers": ["red"]} for i, row in enumerate(rows)]
+    data = beside(tiny, "ranks", *rows)
+    more = [
+        f"data.train=[{data}]",
+        "data.validation=[]",
+        "data.augment=false",
+        "qformer.dropout=0",
+        "train.max_steps=2",
+    ]
+    run_stage(2, tiny.stage2(tmp_path / "one", *more))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    two = [str(REPO / "stages/stage2.py"), *tiny.stage2(tmp_path / "two", *more, "train.micro_batch_size=4")]
+    asked = [str(tmp_path / "one/adapter"), data, "--device", "cpu", "--batch-size", "4", "--num-beams", "1", "--json"]
+    scored = [str(REPO / "stages/evaluate.py"), *asked, str(tmp_path / "two.json")]
+    for command in (two, scored):
+        done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    stage_main("evaluate")([*asked, str(tmp_path / "one.json")])
+    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
+    adapters = [load_file(tmp_path / name / "adapter/adapter.safetensors") for name in ("one", "two")]
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, atol=1e-5, rtol=1e-4)
