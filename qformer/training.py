@@ -88,7 +88,7 @@ class _Run:
         self.run_dir, self.config_yaml = Path(config.run.dir), to_yaml(config)
         options, o = config.train, config.optim
         for dataset in (train, validation) if validation else (train,):
-            model.require_records(dataset.records)
+            model.require_data(dataset)
         self.accumulation = _accumulation(
             options.global_batch_size, options.micro_batch_size, accelerator.num_processes
         )

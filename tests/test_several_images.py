@@ -269,3 +269,15 @@ def test_two_processes_train_and_evaluate_on_several_images_as_one(tiny, tmp_pat
     adapters = [load_file(tmp_path / name / "adapter/adapter.safetensors") for name in ("one", "two")]
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_stage_2_says_before_the_first_step_that_images_or_frames_do_not_fit(tiny, tmp_path, capsys):
+    rows = [{"images": ["00.png"] * 20, "caption": "a"}, {"image": "00.png", "caption": "a"}]
+    many = [f"data.train=[{beside(tiny, 'many', *rows)}]", "data.validation=[]"]
+    error = refused("stage2", tiny.stage2(tmp_path / "many", *many), capsys)
+    assert "qformer.queries=4 of 20 images, llm.prompt of" in error
+    assert "the language model has 64" in error
+    clips = [f"data.train=[{beside(tiny, 'clips', {'video': 'gone.mp4', 'caption': 'a'})}]", "data.validation=[]"]
+    error = refused("stage2", tiny.stage2(tmp_path / "clips", *clips, "data.frames=30"), capsys)
+    assert "of 30 images" in error
+    assert "fewer frames" in error

@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
 def run(*arguments: str) -> None:
     """A process of its own, as it would be typed."""
     print("$ python", *arguments, flush=True)
-    subprocess.run([sys.executable, *arguments], check=True)
+    if subprocess.run([sys.executable, *arguments]).returncode:  # it has said why
+        raise SystemExit(1)
 
 
 def evaluate(adapter: str, clips: Path, frames: int, out: Path) -> dict:

@@ -110,6 +110,15 @@ class RecordDataset(Dataset[Sample]):
         """Records of each source."""
         return self.records.sizes if isinstance(self.records, Records) else [len(self.records)]
 
+    @property
+    def most_images(self) -> int:
+        """How many images or frames a record surely has, at the most; clips among several images count as one each."""
+        if not isinstance(self.records, Records):
+            return max(len(record.each_image()) for record in self.records)
+        stored = (self.features.manifest.transform or {}) if self.features else {}
+        frames = self.transform.frames if self.transform else int(stored.get("frames", 1))
+        return max(self.records.most_images, frames if self.records.clips else 1)
+
     def __getitem__(self, index: Draw | int) -> Sample:
         if isinstance(index, Draw):
             assert not self.in_order, "a dataset in order is indexed by int"

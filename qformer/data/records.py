@@ -119,8 +119,8 @@ class Table(Protocol):
     def source(self) -> str: ...
 
     @property
-    def several(self) -> int | None:
-        """The first row that names more than one image, None where none does."""
+    def several(self) -> tuple[int, int] | None:
+        """The row that names the most images and how many those are, None where none names more than one."""
         ...
 
     @property
@@ -183,7 +183,12 @@ class Records:
         """Raises: ValueError when a record names more than one image."""
         for table in self._tables:
             if table.several is not None:
-                raise ValueError(f"{table.source}: record {table.several} (from 0) names several images; {why}")
+                raise ValueError(f"{table.source}: record {table.several[0]} (from 0) names several images; {why}")
+
+    @property
+    def most_images(self) -> int:
+        """How many images the record names that names the most."""
+        return max(table.several[1] if table.several else 1 for table in self._tables)
 
     def first_of_each_picture(self) -> dict[str, int]:
         """The first record of every image's `image_id`, in order; reads the images that travel inside the sources.

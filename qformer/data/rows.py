@@ -55,8 +55,8 @@ class Rows:
         return build_record(self._identify(fields, row), fields)
 
     @cached_property
-    def several(self) -> int | None:
-        """The first row that names more than one image."""
+    def several(self) -> tuple[int, int] | None:
+        """The row that names the most images and how many those are, where there are more than one."""
         import pyarrow.compute as pc
 
         if "images" not in self.rows.column_names:
@@ -64,7 +64,7 @@ class Rows:
         counts = pc.fill_null(pc.list_value_length(self.rows.data.column("images")), 0).to_numpy()
         if self.rows._indices is not None:  # one split of the file
             counts = counts[self.rows._indices.column(0).to_numpy()]
-        return int((counts > 1).argmax()) if (counts > 1).any() else None
+        return (int(counts.argmax()), int(counts.max())) if (counts > 1).any() else None
 
     @cached_property
     def clips(self) -> bool:

@@ -51,7 +51,7 @@ class Trial:
         self.dataset: RecordDataset = build_dataset(
             config.data, self.model.encoder, "train", config.train.seed, vqa_prompt=self.model.vqa_prompt
         )
-        self.model.require_records(self.dataset.records)
+        self.model.require_data(self.dataset)
         self.model.use_training_kernels(self.accelerator.device, config.train.mixed_precision)
         self.model.to(self.accelerator.device)
         optimizer = build_optimizer(

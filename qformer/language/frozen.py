@@ -316,17 +316,17 @@ class FrozenLanguageModel(nn.Module, ABC):
             self._remembers = keeps_rows(self)
         return self._remembers
 
-    def require_lengths(self, queries: int, prompt: str, max_target_tokens: int) -> None:
-        """Before a run: room for `queries`, the text prompt and a target.
+    def require_lengths(self, queries: int, prompt: str, max_target_tokens: int, *, images: int = 1) -> None:
+        """Before a run: room for the `queries` of so many images, the text prompt and a target.
 
         Raises: ValueError when they need more positions, or the prompt other token ids, than the model has.
         """
         before, (context, _) = self._before(prompt), self._row(prompt, "", max_target_tokens)
         self._limits.require_ids([before + context])
-        read = queries + len(before) + len(context)
+        read = images * queries + len(before) + len(context)
         self._limits.require_positions(
             read, max_target_tokens,
-            f"qformer.queries={queries}, llm.prompt of {len(before) + len(context)} tokens and "
+            f"qformer.queries={queries}{f' of {images} images' if images > 1 else ''}, llm.prompt of {len(before) + len(context)} tokens and "
             f"llm.max_target_tokens={max_target_tokens} take",
         )  # fmt: skip
 

@@ -1,13 +1,12 @@
 """The interface of a training stage: what `fit`, `validate`, `tuning` and the doctor call, and all that they call."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qformer.data import Batch, Record, Records
+from qformer.data import Batch, RecordDataset
 from qformer.encoders import Features, FrozenEncoder
 from qformer.models.gradcache import CachedStep
 
@@ -58,7 +57,7 @@ class Stage(nn.Module, ABC, Generic[Text]):
         """The frozen models by the names of their config sections."""
         return {"encoder": self.encoder}
 
-    def require_records(self, records: Records | Sequence[Record]) -> None:
+    def require_data(self, dataset: RecordDataset) -> None:
         """Raises: ValueError when this stage cannot train on the records of a run."""
 
     def encode(self, batch: Batch) -> Features:

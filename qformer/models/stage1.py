@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qformer.data import Batch, Record, Records
+from qformer.data import Batch, RecordDataset, Records
 from qformer.distributed import world_size
 from qformer.encoders import Features, FrozenEncoder
 from qformer.metrics.queries import describe_queries
@@ -282,9 +282,9 @@ class Stage1(Stage[TextTokens]):
         self.max_text_tokens, self.itc_batch_size = max_text_tokens, itc_batch_size
         encoder.output_dtype = None  # as computed: what crosses ranks is then half the bytes of float32
 
-    def require_records(self, records: Records | Sequence[Record]) -> None:
-        if isinstance(records, Records):
-            records.require_single(
+    def require_data(self, dataset: RecordDataset) -> None:
+        if isinstance(dataset.records, Records):
+            dataset.records.require_single(
                 "stage 1 learns what belongs to one image (or clip): give each image its own record, or train stage 2"
             )
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from qformer.data import Batch
+from qformer.data import Batch, RecordDataset
 from qformer.encoders import Features, FrozenEncoder
 from qformer.language import FrozenLanguageModel
 from qformer.metrics.queries import describe_queries
@@ -106,6 +106,11 @@ class Stage2(Stage[PromptsAndTargets]):
 
     def use_training_kernels(self, device: torch.device, mixed_precision: str) -> None:
         self.llm.use_training_kernels(device, mixed_precision)
+
+    def require_data(self, dataset: RecordDataset) -> None:
+        if (images := dataset.most_images) > 1:  # now, and not when the first of them comes
+            queries = self.adapter.qformer.query_tokens.shape[1]
+            self.llm.require_lengths(queries, self.prompt, self.max_target_tokens, images=images)
 
     def visual_prompt(self, features: Features, prompts: list[str], rows: Tensor | None = None) -> Tensor:
         """float[R, Q, Dl] of a frozen encoder's features and R prompts, which only an instructed Q-Former reads.
