@@ -66,19 +66,23 @@ class Recipe:
         index = out / FEATURES / INDEX  # written last
         return Part("features", [*command, f"data.features={out / FEATURES}"], index.is_file)
 
-    def stage1(self, run_dir: Path, name: str = "stage 1", seed: int | None = None) -> Part:
+    def stage1(
+        self, run_dir: Path, name: str = "stage 1", seed: int | None = None, *, overrides: Sequence[str] = (),
+        steps: int | None = None,
+    ) -> Part:  # fmt: skip
         """Train stage 1 in `run_dir`, which lies beside the features."""
-        return self._training(name, STAGE1, run_dir, seed=seed)
+        return self._training(name, STAGE1, run_dir, overrides=overrides, seed=seed, steps=steps)
 
     def stage2(
-        self, run_dir: Path, llm: str, init_from: Path | None, *, name: str = "stage 2", seed: int | None = None
-    ) -> Part:
+        self, run_dir: Path, llm: str, init_from: Path | None, *, name: str = "stage 2", seed: int | None = None,
+        overrides: Sequence[str] = (), steps: int | None = None,
+    ) -> Part:  # fmt: skip
         """Train stage 2 in `run_dir` with "opt" or "t5", from the stage-1 run `init_from` or, with None, from nothing."""
         start = f"stage2.init_from={init_from / 'adapter' if init_from else 'null'}"
-        overrides = [f"llm.id=qformer/shapes/weights/{llm}", start]
+        overrides = [f"llm.id=qformer/shapes/weights/{llm}", start, *overrides]
         if llm in PROMPT_SCALE:
             overrides.append(f"stage2.prompt_scale={PROMPT_SCALE[llm]}")
-        steps = STAGE2_STEPS.get(llm)
+        steps = steps or STAGE2_STEPS.get(llm)
         return self._training(name, STAGE2, run_dir, overrides=overrides, seed=seed, steps=steps)
 
     def evaluation(self, run_dir: Path, row: str, answers: Path, name: str | None = None) -> Part:
