@@ -1,6 +1,7 @@
 """CapFilt end to end: what is dropped, what decides it, and the same bytes from any number of processes and after a kill."""
 
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -334,3 +335,24 @@ def test_jobs_that_start_together_do_not_take_each_others_beginning_for_other_fi
     (tmp_path / "other/file").touch()
     with pytest.raises(ValueError, match="holds other files"):
         shards_module.Shards(tmp_path / "other", records, count=4, size=2, form="jsonl", made_of={"seed": 0})
+
+
+def test_the_experiments_noise_has_its_shares_and_its_filter_is_judged_by_what_was_planted(tmp_path):
+    experiment = importlib.import_module("capfilt")  # of examples/shapes
+    for split in ("train", "validation"):
+        lines = [{"image": f"{split}/{i}.png", "caption": [f"{split} {i}", "more"]} for i in range(1000)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    experiment.write_sets(tmp_path, tmp_path, seed=0)
+    truth = json.loads((tmp_path / "truth.json").read_text())
+    noisy = [json.loads(line) for line in (tmp_path / "noisy.jsonl").open()]
+    vague = sum(row["caption"] in experiment.PHRASES for row in noisy)
+    assert abs(sum(truth.values()) - 400) < 50
+    assert abs(vague - 200) < 40
+    assert all((row["caption"] == f"train {i}") == truth[row["image_id"]] for i, row in enumerate(noisy))
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 100
+    (tmp_path / "scores").mkdir()
+    right, wrong = ([name for name, is_right in truth.items() if is_right == kind] for kind in (True, False))
+    kept = {name: name in (*right[:30], *wrong[:10]) for name in (*right[:40], *wrong[:60])}
+    rows = [{"image_id": name, "captions": [{"why": None if kept[name] else "itm below 0.5"}]} for name in kept]
+    (tmp_path / "scores/00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert experiment.judge_filter(tmp_path, truth) == {"precision": 75.0, "recall": 75.0}
