@@ -104,6 +104,7 @@ def test_a_key_of_the_other_stage_is_unknown():
         ("encoder.width=wide", ["encoder.width", "'wide'", "is not int | None"]),
         ("data.weights=many", ["data.weights", "'many'", "is not list"]),
         ("train=3", ["train", "3", "is not a section"]),
+        ("data=[5]", ["data", "[5]", "is not a section"]),
         ("train.max_steps=null", ["train.max_steps", "None", "is not int"]),
     ],
 )

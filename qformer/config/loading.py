@@ -248,8 +248,8 @@ def _lists(fragment: Any, root: type) -> Any:
 def _moved(fragment: Any) -> Any:
     """The fragment with every key of `MOVED` where it stands now."""
     for before, now in MOVED.items():
-        if (value := OmegaConf.select(fragment, before)) is not None:
-            section, name = before.split(".")
+        section, name = before.split(".")
+        if OmegaConf.is_dict(fragment.get(section)) and (value := fragment[section].get(name)) is not None:
             fragment = OmegaConf.merge(fragment, OmegaConf.from_dotlist([f"{now}={value}"]))
             del fragment[section][name]
             if not fragment[section]:

@@ -164,9 +164,9 @@ def _id_and_output(path: Path, task: Task, number: int, row: Any) -> tuple[str, 
     if isinstance(row, dict):
         key = next((row[name] for name in (id_name, task.id_field) if name in row), None)
         for name in (output_name, task.output_field):
-            if key is not None and name in row:
+            if key is not None and row.get(name) is not None:
                 return str(key), row[name]
-    raise ValueError(f"{path}: entry {number} (from 0) has no {id_name} or no {output_name}")
+    raise ValueError(f"{path}: entry {number} (from 0) has no {id_name} or no {output_name}, or one of null")
 
 
 def _whole_key(key: str, image: str | None, question: str | None) -> str:
