@@ -27,6 +27,7 @@ from qformer.capfilt import shards as shards_module
 from qformer.capfilt.captions import caption_seed
 from qformer.checkpoint import save_adapter
 from qformer.data import Records, read_records
+from qformer.language import load_language_model
 from qformer.language.sampling import SeededNucleus
 
 REPO = Path(__file__).resolve().parent.parent
@@ -356,3 +357,17 @@ def test_the_experiments_noise_has_its_shares_and_its_filter_is_judged_by_what_w
     rows = [{"image_id": name, "captions": [{"why": None if kept[name] else "itm below 0.5"}]} for name in kept]
     (tmp_path / "scores/00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert experiment.judge_filter(tmp_path, truth) == {"precision": 75.0, "recall": 75.0}
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_a_seeded_text_is_the_same_alone_and_among_others(tiny, kind):
+    llm = load_language_model(getattr(tiny, kind))
+    prompts, seeds = ["red ?", "what colour is the square ?", "a"], list(range(6))
+    settings: dict[str, Any] = {"do_sample": True, "num_beams": 1, "num_return": 2, "max_new_tokens": 6}
+    together = llm.generate(None, prompts, seeds=seeds, **settings)
+    alone = [llm.generate(None, [p], seeds=seeds[2 * i : 2 * i + 2], **settings) for i, p in enumerate(prompts)]
+    assert together == [text for pair in alone for text in pair]
+    assert len(set(together)) > 3
+    state = torch.random.get_rng_state()
+    assert llm.generate(None, prompts, seeds=seeds, **settings) == together
+    assert torch.equal(torch.random.get_rng_state(), state), "torch's own random state is not touched"
