@@ -162,4 +162,5 @@ def test_effective_rank_counts_the_directions_of_the_queries():
     same, apart = torch.ones(1, 4, 8), torch.eye(8)[None, :4]
     torch.testing.assert_close(effective_rank(same), torch.tensor(1.0), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(effective_rank(apart), torch.tensor(4.0))
+    assert effective_rank(apart * math.nan).isnan(), "and no error: the losses' own check stops the run"
     torch.testing.assert_close(effective_rank(torch.cat([same, apart])), torch.tensor(2.5), rtol=1e-2, atol=1e-2)
