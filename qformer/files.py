@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -11,11 +12,12 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
+MADE_OF = "made_of.json"
 PARTIAL = ".partial"  # how the names of scratch files and folders end
 _CHUNK_BYTES = 1 << 20
 
@@ -56,6 +58,38 @@ def remove_partial(folder: Path) -> None:
     """Remove the scratch folders that a killed process left in `folder`; nobody else may be writing there."""
     for scratch in folder.glob(f".*{PARTIAL}"):
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require_made_of(folder: Path, made_of: dict[str, Any], *, name: str, fix: str, others_begin: bool = False) -> None:
+    """Refuse a folder that does not belong to what is about to be done, by the `MADE_OF` that `begin_folder` left in it.
+
+    Args:
+        made_of: what everything in the folder depends on, as JSON holds it.
+        name: what the folder is called in the message; fix: what to do instead.
+        others_begin: another process may just be making `MADE_OF`, whose scratch file then does not count.
+
+    Raises: ValueError when it was begun with something else, or holds files and no `MADE_OF`.
+    """
+    path = folder / MADE_OF
+    if path.is_file():
+        require_same(json.loads(path.read_text()), made_of, name=name, fix=fix)
+    elif folder.is_dir() and any(not (others_begin and entry.suffix == PARTIAL) for entry in folder.iterdir()):
+        raise ValueError(f"{name} holds other files; expected a new folder, or one that this command began")
+
+
+def require_same(there: dict[str, Any], made_of: dict[str, Any], *, name: str, fix: str) -> None:
+    """Raise ValueError with the first value of `made_of` that is another in what is there; see `require_made_of`."""
+    for key, value in made_of.items():
+        if there.get(key) != value:
+            raise ValueError(f"{name} was begun with {key} {there.get(key)!r}, not {value!r}; {fix}")
+
+
+def begin_folder(folder: Path, made_of: dict[str, Any]) -> None:
+    """Make a folder and say in its `MADE_OF` what it is made of; any number of processes may do it at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MADE_OF).is_file():
+        with atomic_file(folder / MADE_OF) as scratch:
+            scratch.write_text(json.dumps(made_of, indent=1) + "\n")
 
 
 def lock(file: IO[str], what: str) -> str | None:

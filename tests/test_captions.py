@@ -15,7 +15,7 @@ import torch
 from test_evaluation import error_of, scored, write
 from test_questions import small
 from test_stages import refused, stage_main
-from tiny import run_stage
+from tiny import TWO_RANKS, run_stage
 
 import qformer
 from qformer.config import Stage2Config, load_config
@@ -294,9 +294,7 @@ def test_a_stopped_captioning_goes_on_and_two_ranks_write_what_one_does(adapters
     evaluate([*arguments, "--limit", "5", "--answers", str(answers)])
     begun = answers.read_text().splitlines()
     assert len(begun) == 1 + 5
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch += [str(REPO / "stages/evaluate.py"), *arguments, "--answers", str(answers)]
+    launch = [*TWO_RANKS, str(REPO / "stages/evaluate.py"), *arguments, "--answers", str(answers)]
     done = subprocess.run([*launch, "--json", str(tmp_path / "two.json")], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "two.json").read_text()) == one

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_stages import refused, stage_main
-from tiny import run_stage
+from tiny import TWO_RANKS, run_stage
 
 from qformer import evaluation
 from qformer.data import read_records
@@ -265,9 +265,7 @@ def test_broken_images_are_left_out_and_counted(adapter, questions, tmp_path, ca
 def test_two_processes_give_the_numbers_of_one(adapter, questions, tmp_path):
     arguments = [adapter, questions, "--batch-size", "4", "--workers", "1", "--device", "cpu"]
     one = scored(tmp_path, *arguments)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch += [str(REPO / "stages/evaluate.py"), *arguments, "--answers", str(tmp_path / "answers.jsonl")]
+    launch = [*TWO_RANKS, str(REPO / "stages/evaluate.py"), *arguments, "--answers", str(tmp_path / "answers.jsonl")]
     done = subprocess.run([*launch, "--json", str(tmp_path / "two.json")], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "two.json").read_text()) == one

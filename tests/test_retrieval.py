@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_evaluation import scored, write
 from test_stages import refused, stage_main
-from tiny import TEXT, Tiny, run_stage
+from tiny import TEXT, TWO_RANKS, Tiny, run_stage
 
 import qformer
 from qformer.data import clean_caption
@@ -174,9 +174,7 @@ def test_a_stopped_search_goes_on_to_the_same_bits(adapter, collection, tmp_path
 def test_two_processes_give_the_numbers_of_one_which_goes_on_after_them(adapter, collection, tmp_path):
     arguments = [adapter, collection, *RETRIEVAL, "--candidates", "12"]
     one, search = scored(tmp_path, *arguments), tmp_path / "search"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch += [str(REPO / "stages/evaluate.py"), *arguments, "--answers", str(search)]
+    launch = [*TWO_RANKS, str(REPO / "stages/evaluate.py"), *arguments, "--answers", str(search)]
     done = subprocess.run([*launch, "--json", str(tmp_path / "two.json")], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "two.json").read_text()) == one

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from test_instructed import INSTRUCTED
 from test_models import build, run
 from test_stages import refused, stage_main
-from tiny import IMAGE_SIDE, WORDS, Tiny, run_stage
+from tiny import IMAGE_SIDE, TWO_RANKS, WORDS, Tiny, run_stage
 
 import qformer
 from qformer.build import build_dataset, build_stage2
@@ -256,13 +255,11 @@ def test_two_processes_train_and_evaluate_on_several_images_as_one(tiny, tmp_pat
         "train.max_steps=2",
     ]
     run_stage(2, tiny.stage2(tmp_path / "one", *more))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     two = [str(REPO / "stages/stage2.py"), *tiny.stage2(tmp_path / "two", *more, "train.micro_batch_size=4")]
     asked = [str(tmp_path / "one/adapter"), data, "--device", "cpu", "--batch-size", "4", "--num-beams", "1", "--json"]
     scored = [str(REPO / "stages/evaluate.py"), *asked, str(tmp_path / "two.json")]
     for command in (two, scored):
-        done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=200)
+        done = subprocess.run([*TWO_RANKS, *command], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
     stage_main("evaluate")([*asked, str(tmp_path / "one.json")])
     assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ TEXT = "a the one two red green blue yellow square dot on of left right middle g
 WORDS = TEXT.split()
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50)}
 PLACES = {"left": 4, "middle": 11, "right": 18}
+TWO_RANKS = [
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
 IMAGE_SIDE, WIDTH, FEATURE_WIDTH = 32, 32, 24
 LM_VOCABULARY = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", "\n", *WORDS])}
 BERT_VOCABULARY = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}

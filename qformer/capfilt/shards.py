@@ -25,9 +25,8 @@ from PIL import Image
 from qformer.capfilt.captions import Judged, record_of
 from qformer.data import Records
 from qformer.data.tars import PICTURES
-from qformer.files import PARTIAL, atomic_file, lock
+from qformer.files import PARTIAL, atomic_file, begin_folder, lock, require_made_of
 
-MADE_OF = "made_of.json"
 RECORDS = "records.jsonl"
 TARS, LINES = "tar", "jsonl"
 
@@ -48,26 +47,13 @@ class Shards:
         self.folder, self.records, self.records_count, self.size, self.form = folder, records, count, size, form
         self.made_of = {**made_of, "records": count, "shard_records": size, "format": form}
         self.count = -(-count // size)
-        path = folder / MADE_OF
-        if not path.is_file():
-            if folder.is_dir() and any(
-                path.suffix != PARTIAL for path in folder.iterdir()
-            ):  # another may just begin it
-                raise ValueError(f"--out {folder} holds other files; name a new folder, or one that this command began")
-            return
-        there = json.loads(path.read_text())
-        for key, value in self.made_of.items():
-            if there.get(key) != value:
-                raise ValueError(
-                    f"--out {folder} was begun with {key} {there.get(key)!r}, not {value!r}; name another folder, or remove it"
-                )
+        require_made_of(
+            folder, self.made_of, name=f"--out {folder}", fix="name another folder, or remove it", others_begin=True
+        )
 
     def begin(self) -> None:
         """Make the folders; for each process."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / MADE_OF).is_file():
-            with atomic_file(self.folder / MADE_OF) as scratch:
-                scratch.write_text(json.dumps(self.made_of, indent=1) + "\n")
+        begin_folder(self.folder, self.made_of)
         for name in ("scores", "locks", *(["shards"] if self.form == LINES else [])):
             (self.folder / name).mkdir(exist_ok=True)
 

@@ -39,7 +39,10 @@ class TimmEncoder(FrozenEncoder):
         is_vit = "return_prefix_tokens" in inspect.signature(tower.forward_intermediates).parameters
         tap = block_index((-2 if is_vit else -1) if block is None else block, len(tower.feature_info))
         self._whole = block is None and tower.num_features > tower.feature_info[-1]["num_chs"]
-        tower.reset_classifier(0, "") if self._whole else tower.prune_intermediate_layers([tap], True, True)
+        if self._whole:
+            tower.reset_classifier(0, "")
+        else:
+            tower.prune_intermediate_layers([tap], prune_norm=True, prune_head=True)
         super().__init__(tower, 0, None, input_transform)
         self._arguments = {"indices": [tap], "stop_early": True, "intermediates_only": True, "norm": False}
         self._arguments["output_fmt"] = "NLC" if is_vit else "NCHW"  # Swin's NHWC as well

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qformer.evaluation.task import Task
-from qformer.files import atomic_file
+from qformer.files import atomic_file, require_same
 
 if TYPE_CHECKING:
     from qformer.data import Record
@@ -39,7 +39,7 @@ class OutputFile:
         for path in (self.path, *self._parts()):
             lines = list(_read_lines(path)) if path.is_file() else []
             if lines:
-                self._compare(path, lines[0])
+                require_same(lines[0], self.made_of, name=str(path), fix="delete it or give another --answers")
             for number, line in enumerate(lines[1:], start=2):
                 index = line.get("record")
                 if not isinstance(index, int) or "output" not in line:
@@ -87,13 +87,6 @@ class OutputFile:
     def _row(self, item: tuple[int, Any]) -> bytes:
         index, output = item
         return _line({"record": index, "asked": self._asked(index), "output": output})
-
-    def _compare(self, path: Path, header: dict[str, Any]) -> None:
-        for key, value in self.made_of.items():
-            if header.get(key) != value:
-                raise ValueError(
-                    f"{path} was begun with {key} {header.get(key)!r}, not {value!r}; delete it or give another --answers"
-                )
 
 
 def read_predictions(path: Path, task: Task, records: "Sequence[Record]", partly: bool = False) -> list[Any]:

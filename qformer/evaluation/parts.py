@@ -1,6 +1,5 @@
 """What a pass over a whole collection leaves on disk as it goes: a folder of small files, so that a stopped one goes on."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qformer.files import atomic_file
-
-MADE_OF = "made_of.json"
+from qformer.files import atomic_file, begin_folder, require_made_of
 
 
 class Parts:
@@ -24,24 +21,11 @@ class Parts:
 
     def __init__(self, folder: Path, made_of: dict[str, Any]):
         self.folder, self.made_of = folder, made_of
-        path = folder / MADE_OF
-        if not path.is_file():
-            if folder.is_dir() and any(folder.iterdir()):
-                raise ValueError(f"{folder} holds other files; expected a new folder, or one that this command began")
-            return
-        there = json.loads(path.read_text())
-        for key, value in made_of.items():
-            if there.get(key) != value:
-                raise ValueError(
-                    f"{folder} was begun with {key} {there.get(key)!r}, not {value!r}; delete it or give another --answers"
-                )
+        require_made_of(folder, made_of, name=str(folder), fix="delete it or give another --answers")
 
     def begin(self) -> None:
         """Make the folder; for each process."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / MADE_OF).is_file():
-            with atomic_file(self.folder / MADE_OF) as scratch:
-                scratch.write_text(json.dumps(self.made_of))
+        begin_folder(self.folder, self.made_of)
 
     def has(self, name: str) -> bool:
         """Whether there is such a part."""
