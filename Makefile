@@ -1,13 +1,14 @@
 # make demo   train a Q-Former in two stages on the embedded Shapes world and answer questions; ends in a report
 # make test   run the tests
 # make check  lint and type-check
+# make docs   the pages of docs/ as a site in build/docs, without network; read it by: python -m http.server -d build/docs
 # make bench  time every row against LAVIS and transformers, results in results/bench (an hour; see benchmarks/README.md)
 # make capfilt   what CapFilt brings back of what noisy captions cost on Shapes: six sets of captions, three seeds (hours)
 # make reproduce   the whole table: both language models, the ablation, three seeds (an hour or two)
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test check bench reproduce capfilt clean
+.PHONY: demo test check docs bench reproduce capfilt clean
 
 demo: .venv/installed
 	$(BIN)/python examples/shapes/demo.py
@@ -25,6 +26,9 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/installed
 	set -e; for row in stage1_step stage1_cached "stage2_step opt" "stage2_step t5" vqa captioning rerank embed_folder startup; do \

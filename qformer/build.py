@@ -108,8 +108,7 @@ def build_stage(config: ModelPart) -> Stage:
 def build_stage1(config: Stage1Part) -> Stage1:
     """Stage 1's model, its adapter from `stage1.init_from`, or drawn from `train.seed` and, if named, `qformer.init_from`.
 
-    Raises: ValueError when the adapter to continue from was trained with another encoder, or does not fit; as
-        `require_tunable` and `add_trainable` do.
+    Raises: ValueError when the adapter to continue from was of another encoder or size; as `add_trainable` does.
     """
     require_tunable(config)
     run = config if isinstance(config, RunPart) else None
@@ -140,8 +139,7 @@ def build_stage1(config: Stage1Part) -> Stage1:
 def build_stage2(config: Stage2Part) -> Stage2:
     """Stage 2's model; what stage 1's adapter (`stage2.init_from`) gave it is logged.
 
-    Raises: ValueError when that adapter was trained with another encoder, or does not fit; as `require_tunable` and
-        `add_trainable` do.
+    Raises: ValueError when that adapter was of another encoder or size; as `add_trainable` does.
     """
     require_tunable(config)
     run, stage2 = config if isinstance(config, RunPart) else None, config.stage2
