@@ -8,10 +8,11 @@ import threading
 import time
 
 import pytest
-from experiment import Experiment, PartFailed, average, markdown_table
+from experiment import average, markdown_table
 from PIL import Image
-from recipe import LAUNCHER, STAGE2_STEPS, Part, Recipe, add_options
-from report import choose_examples, duration, write_report
+from recipe import STAGE2_STEPS, Recipe, add_options
+from report import choose_examples, write_report
+from resumable import LAUNCHER, Experiment, Part, PartFailed, duration
 
 from qformer.config import Stage1Config, Stage2Config, load_config
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiment import Experiment, read_answers
-from recipe import Part, Recipe, add_options
+from experiment import read_answers
+from recipe import Recipe, add_options
+from resumable import Experiment, Part
 
 LLM = "opt"
 OTHERS, VAGUE, CLEAN = 0.4, 0.2, 0.1

@@ -7,8 +7,9 @@ python examples/shapes/demo.py --resume     # go on after Ctrl-C
 import argparse
 import sys
 
-from experiment import Experiment, score_of
+from experiment import conclude, score_of
 from recipe import Recipe, add_options
+from resumable import Experiment
 
 OWNED = ("features", "stage1", "opt", "answers", "results.json", "report.html")  # what a fresh start removes from --out
 ROWS = ("text_only", "oracle_caption", "stage1_2")
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         for row, file in answers.items():
             experiment.run(recipe.evaluation(out / "opt", row, file))
 
-        experiment.conclude(
+        conclude(
+            experiment,
             "A Q-Former learns to see",
             {"opt": {row: score_of(file) for row, file in answers.items()}},
             curves={"Stage 1": out / "stage1", "Stage 2, OPT": out / "opt"},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from report import ROWS
+from resumable import LAUNCHER, Part
 
 from qformer.config import Stage1Config, Stage2Config, load_config
 from qformer.data.cache import INDEX
@@ -24,18 +25,8 @@ MODES = {
     "stage2_only": "image",
     "stage1_2": "image",
 }  # of stages/evaluate.py
-LAUNCHER = "qformer.launcher"
 STAGE2_STEPS = {"t5": 2000}  # it is asked for less of a caption at a time; others take the config's own number
 PROMPT_SCALE = {"t5": 16}  # what its first layer adds to an embedding is seven times as large as the embedding
-
-
-@dataclass(frozen=True)
-class Part:
-    """A process of the experiment, and how to see that its work is done already."""
-
-    name: str
-    command: list[str]
-    finished: Callable[[], bool]
 
 
 @dataclass(frozen=True)

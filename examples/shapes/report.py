@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from resumable import duration
+
 from qformer.metrics import vqa_accuracy
 
 ROWS = {  # key of results.json: title, what it is
@@ -101,13 +103,6 @@ def choose_examples(results: Sequence[dict[str, Any]], count: int = 24, failures
 def is_right(result: dict[str, Any]) -> bool:
     """Whether an answer counts in full by the VQA accuracy of the table."""
     return vqa_accuracy(result["answer"], list(result["answers"])) >= 1
-
-
-def duration(seconds: float) -> str:
-    """Seconds as "12 s", "3 min 12 s" or "1 h 03 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def overall(score: dict[str, Any]) -> str:

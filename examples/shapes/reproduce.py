@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiment import Experiment, average, markdown_table, score_of
-from recipe import Part, Recipe, add_options
+from experiment import average, conclude, markdown_table, score_of
+from recipe import Recipe, add_options
+from resumable import Experiment, Part
 
 LLMS = ("opt", "t5")
 TRAINED = ("stage2_only", "stage1_2")
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             curves[f"Stage 2 after stage 1, {llm.upper()}"] = runs[llm]
             curves[f"Stage 2 only, {llm.upper()}"] = out / f"{llm}_stage2_only_seed{seeds[0]}"
         title = f"Two stages, two language models, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
-        experiment.conclude(title, table, curves, answers(out, LLMS[0], "stage1_2", seeds[0]))
+        conclude(experiment, title, table, curves=curves, answers=answers(out, LLMS[0], "stage1_2", seeds[0]))
 
 
 def answers(out: Path, llm: str, row: str, seed: int | None = None) -> Path:
