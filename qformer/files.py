@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
 MADE_OF = "made_of.json"
+METRICS_FILE, WARNINGS_FILE = "metrics.jsonl", "warnings.jsonl"  # of a run: what it measured, and what it warned of
 PARTIAL = ".partial"  # how the names of scratch files and folders end
 _CHUNK_BYTES = 1 << 20
 

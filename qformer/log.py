@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from qformer.files import METRICS_FILE
+
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 # The fields that differ between two otherwise equal runs: everything else in a line is reproducible.
 TIMING_FIELDS = ("samples_per_s", "tokens_per_s", "seconds", "eta", "data_wait", "memory_bytes")
 # Relative to chance: a mean this close to it is "at chance"; one that fell by more than this over WINDOWS is falling.

@@ -15,7 +15,7 @@ FLOORS = [
     ["messages.py", "environment.py", "kernels.py", "text.py", "keys.py", "launcher.py"],
     ["config/", "files.py", "distributed.py", "layers.py", "parts.py", "lora.py"],
     ["encoders/", "language/", "qformer.py", "objectives.py", "data/", "metrics/", "optim.py", "log.py", "sharding.py"],
-    ["models/", "checkpoint.py", "launch.py", "card.py"],
+    ["models/", "checkpoint.py", "launch.py", "card.py", "report/"],
     ["validation.py", "run_folder.py", "tuning.py", "bert.py"],
     ["training.py", "shapes/"],
     ["build.py"],

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
             experiment,
             "A Q-Former learns to see",
             {"opt": {row: score_of(file) for row, file in answers.items()}},
-            curves={"Stage 1": out / "stage1", "Stage 2, OPT": out / "opt"},
+            runs={"Stage 1": out / "stage1", "Stage 2, OPT": out / "opt"},
             answers=answers["stage1_2"],
         )
 

@@ -9,25 +9,28 @@ from typing import Any
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all examples share; all scripts here import this first
-from report import LLM_TITLES, ROWS, choose_examples, overall, write_report
+from results import LLM_TITLES, ROWS, overall, write_report
 from resumable import Experiment, describe_machine, duration
+
+from qformer.report.answers import choose_examples
+from qformer.report.run import read_run
 
 
 def conclude(
-    experiment: Experiment, title: str, table: dict[str, dict[str, Any]], *, curves: Mapping[str, Path], answers: Path
+    experiment: Experiment, title: str, table: dict[str, dict[str, Any]], *, runs: Mapping[str, Path], answers: Path
 ) -> dict[str, Any]:
     """Write `results.json` and `report.html`, and print the table and where things are.
 
     Args:
         table: LLM, row of the table, score.
-        curves: run folders whose losses the report shows, by title.
+        runs: run folders that the report shows, by title.
         answers: the evaluation whose pictures and answers the report shows.
     """
     results = {"seconds": round(experiment.seconds, 1), **describe_machine(), "table": table}
     (experiment.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    lines = {name: read_curve(run_dir) for name, run_dir in curves.items()}
+    shown = [read_run(run_dir, name) for name, run_dir in runs.items()]
     examples = choose_examples(read_answers(answers)["results"])
-    write_report(experiment.out / "report.html", title=title, results=results, curves=lines, examples=examples)
+    write_report(experiment.out / "report.html", title=title, results=results, runs=shown, examples=examples)
     experiment.console.print()
     for llm, scores in table.items():
         experiment.console.print(terminal_table(LLM_TITLES.get(llm, llm), scores))
@@ -84,11 +87,6 @@ def markdown_table(table: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
         rows = [[ROWS[k][0], *(f"{scores[k]['by_type'][t]:.1f}" for t in kinds)] for k in keys if k in scores]
         parts.append(_markdown([title, *kinds], rows))
     return "\n".join(parts)
-
-
-def read_curve(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report import ROWS
+from results import ROWS
 from resumable import LAUNCHER, Part
 
 from qformer.config import Stage1Config, Stage2Config, load_config

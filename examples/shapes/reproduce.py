@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> None:
         first = [[recipe.stage1(out / f"stage1_seed{s}", f"stage 1 seed {s}", s)] for s in seeds]
         experiment.run_side_by_side(first + [trained(llm, "stage2_only", s) for s in seeds for llm in LLMS])
         experiment.run_side_by_side([trained(llm, "stage1_2", s) for s in seeds for llm in LLMS])
-        runs = {llm: out / f"{llm}_stage1_2_seed{seeds[0]}" for llm in LLMS}
+        whole = {llm: out / f"{llm}_stage1_2_seed{seeds[0]}" for llm in LLMS}
         experiment.run_side_by_side([
-            [recipe.evaluation(runs[llm], row, answers(out, llm, row), f"{llm} {row}, questions")]
+            [recipe.evaluation(whole[llm], row, answers(out, llm, row), f"{llm} {row}, questions")]
             for llm in LLMS for row in UNTRAINED
         ])  # fmt: skip
 
@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None) -> None:
             for row in TRAINED:
                 table[llm][row] = average({s: score_of(answers(out, llm, row, s)) for s in seeds})
         (out / "table.md").write_text(markdown_table(table))
-        curves = {"Stage 1": out / f"stage1_seed{seeds[0]}"}
+        runs = {"Stage 1": out / f"stage1_seed{seeds[0]}"}
         for llm in LLMS:
-            curves[f"Stage 2 after stage 1, {llm.upper()}"] = runs[llm]
-            curves[f"Stage 2 only, {llm.upper()}"] = out / f"{llm}_stage2_only_seed{seeds[0]}"
+            runs[f"Stage 2 after stage 1, {llm.upper()}"] = whole[llm]
+            runs[f"Stage 2 only, {llm.upper()}"] = out / f"{llm}_stage2_only_seed{seeds[0]}"
         title = f"Two stages, two language models, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
-        conclude(experiment, title, table, curves=curves, answers=answers(out, LLMS[0], "stage1_2", seeds[0]))
+        conclude(experiment, title, table, runs=runs, answers=answers(out, LLMS[0], "stage1_2", seeds[0]))
 
 
 def answers(out: Path, llm: str, row: str, seed: int | None = None) -> Path:

@@ -1,8 +1,5 @@
 """What was kept and what was dropped: counts, and examples with their images in one HTML file that needs no other."""
 
-import base64
-import html
-import io
 import json
 from collections import Counter
 from typing import Any
@@ -11,14 +8,11 @@ from qformer.capfilt.captions import SYNTHETIC, WEB, Caption, Judged
 from qformer.capfilt.shards import Shards
 from qformer.data import BrokenRecord, load_image
 from qformer.files import atomic_file
+from qformer.report.page import Card, Page, gallery, image_uri, quiet, soft, strong, table
 
 EXAMPLES = 24  # of kept and of dropped captions
 THUMBNAIL = 160  # pixels of the longer side
 BINS = 10
-STYLE = """body{font:15px/1.4 sans-serif;margin:2em auto;max-width:70em}table{border-collapse:collapse}
-td,th{padding:.2em 1em;text-align:right;border-bottom:1px solid #ccc}td:first-child,th:first-child{text-align:left}
-.cards{display:flex;flex-wrap:wrap;gap:1em}.card{width:170px}.card img{max-width:160px}.card p{margin:.3em 0}
-.why{color:#a00}.num{color:#666;font-size:.85em}"""
 
 Example = tuple[Judged, Caption]
 
@@ -43,10 +37,10 @@ def summarise(shards: Shards) -> dict[str, Any]:
         for kept, chosen in of_shard.items():
             examples[kept] += _spread(chosen, per_shard)
     summary = {**counts, "captions": captions, f"itm_in_{BINS}_bins": matching, "made_of": shards.made_of}
+    with atomic_file(shards.folder / "summary.json") as scratch:
+        scratch.write_text(json.dumps(summary, indent=1) + "\n")
     page = _page(shards, summary, {kept: _spread(chosen, EXAMPLES) for kept, chosen in examples.items()})
-    for name, text in (("json", json.dumps(summary, indent=1) + "\n"), ("html", page)):
-        with atomic_file(shards.folder / f"summary.{name}") as scratch:
-            scratch.write_text(text)
+    page.write(shards.folder / "summary.html")
     return summary
 
 
@@ -57,50 +51,32 @@ def _spread(examples: list[Example], count: int) -> list[Example]:
     return [examples[i * len(examples) // count] for i in range(count)]
 
 
-def _page(shards: Shards, summary: dict[str, Any], examples: dict[bool, list[Example]]) -> str:
+def _page(shards: Shards, summary: dict[str, Any], examples: dict[bool, list[Example]]) -> Page:
     captions: dict[str, Counter[str]] = summary["captions"]
     reasons = list(dict.fromkeys(["kept", *(why for counter in captions.values() for why in counter)]))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *reasons, "all"))
-    rows = "".join(
-        f"<tr><td>{origin}</td>" + "".join(f"<td>{counter[why]}</td>" for why in reasons) + f"<td>{counter.total()}</td></tr>"
-        for origin, counter in captions.items()
-    )  # fmt: skip
-    bins = "".join(f"<th>{i / BINS:g} to {(i + 1) / BINS:g}</th>" for i in range(BINS))
-    matching = "".join(
-        f"<tr><td>{origin}</td>{''.join(f'<td>{count}</td>' for count in bins_of)}</tr>"
-        for origin, bins_of in summary[f"itm_in_{BINS}_bins"].items()
+    page = Page(
+        "CapFilt",
+        f"{summary['records']} records: {summary['with_captions']} keep a caption, {summary['broken']} have an image that "
+        "cannot be read.",
     )
-    made_of = html.escape(json.dumps(shards.made_of))
-    parts = [
-        f"<!doctype html><meta charset=utf-8><title>CapFilt</title><style>{STYLE}</style><h1>CapFilt</h1>",
-        f"<p>{summary['records']} records: {summary['with_captions']} keep a caption, {summary['broken']} have an image "
-        f"that cannot be read.</p><table><tr>{head}</tr>{rows}</table>",
-        f"<h2>Probability of the matching head</h2><table><tr><th></th>{bins}</tr>{matching}</table>",
-    ]
+    counts = [[origin, *(counter[why] for why in reasons), counter.total()] for origin, counter in captions.items()]
+    page.add("What became of the captions", table(["", *reasons, "all"], counts))
+    bins = [f"{i / BINS:g} to {(i + 1) / BINS:g}" for i in range(BINS)]
+    in_bins = [[origin, *numbers] for origin, numbers in summary[f"itm_in_{BINS}_bins"].items()]
+    page.add("Probability of the matching head", table(["", *bins], in_bins))
     for kept, title in ((False, "Dropped"), (True, "Kept")):
-        cards = "".join(_card(shards, row, caption) for row, caption in examples[kept])
-        parts.append(f"<h2>{title}</h2><div class=cards>{cards}</div>")
-    return "\n".join([*parts, f"<p class=num>{made_of}</p>\n"])
+        page.add(title, gallery(_card(shards, row, caption) for row, caption in examples[kept]))
+    page.add("Made of", soft(json.dumps(shards.made_of)))
+    return page
 
 
-def _card(shards: Shards, row: Judged, caption: Caption) -> str:
+def _card(shards: Shards, row: Judged, caption: Caption) -> Card:
     scores = [
         f"{name} {value:.3f}" for name, value in (("itm", caption.itm), ("itc", caption.itc)) if value is not None
     ]
-    why = f"<p class=why>{html.escape(caption.why)}</p>" if caption.why else ""
-    numbers = html.escape(", ".join([caption.origin, *scores]))
-    return (
-        f"<div class=card>{_thumbnail(shards, row)}<p>{html.escape(caption.text)}</p>{why}"
-        f"<p class=num>{numbers}</p></div>"
-    )
-
-
-def _thumbnail(shards: Shards, row: Judged) -> str:
+    lines = [caption.text, *([strong(caption.why)] if caption.why else []), quiet(", ".join([caption.origin, *scores]))]
+    kind = "" if caption.why is None else "wrong"
     try:
-        image = load_image(shards.records[row.record])
+        return Card(image_uri(load_image(shards.records[row.record]), THUMBNAIL), lines, kind)
     except BrokenRecord:  # a feature file, or an image that is no longer there
-        return f"<p class=num>{html.escape(row.image)}</p>"
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=80)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}">'
+        return Card(None, [quiet(row.image), *lines], kind)

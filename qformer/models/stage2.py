@@ -179,4 +179,9 @@ class Stage2(Stage[PromptsAndTargets]):
                 visual_prompt.float(), prompts, num_beams=1, max_new_tokens=self.sample_max_new_tokens,
                 visual_mask=self.visual_mask(batch.image_of),
             )  # fmt: skip
-        return [{"generated": g, "caption": c} for g, c in zip(texts, batch.texts, strict=False)]
+        rows = zip(texts, batch.texts, batch.image_ids, prompts, strict=True)
+        asked = bool(batch.prompts)  # of each record something else
+        return [
+            {"generated": generated, "caption": caption, "image_id": image_id, **({"prompt": prompt} if asked else {})}
+            for generated, caption, image_id, prompt in rows
+        ]

@@ -11,10 +11,12 @@ import pytest
 from experiment import average, markdown_table
 from PIL import Image
 from recipe import STAGE2_STEPS, Recipe, add_options
-from report import choose_examples, write_report
+from results import write_report
 from resumable import LAUNCHER, Experiment, Part, PartFailed, duration
 
 from qformer.config import Stage1Config, Stage2Config, load_config
+from qformer.report.answers import choose_examples
+from qformer.report.run import Run
 
 
 def result(image, said, truth, kind="colour", question="what colour is it?"):
@@ -48,9 +50,9 @@ def test_report_holds_everything_and_escapes_text(tmp_path, pictures):
         result(pictures[2], "", "cross"),
     ]
     results = {"seconds": 3725.0, "cpu": "A <fast> CPU", "cores": 1, "device": "cpu", "table": TABLE}
-    curves = {"Stage 1": stage1, "Stage 2": [{"step": 1, "lm": 0.5}], "empty": []}
+    runs = [Run("Stage 1", stage1), Run("Stage 2", [{"step": 1, "lm": 0.5}]), Run("empty", [])]
     path = tmp_path / "made" / "report.html"
-    write_report(path, title="One & all", results=results, curves=curves, examples=examples)
+    write_report(path, title="One & all", results=results, runs=runs, examples=examples)
     page = path.read_text()
 
     assert page.count("data:image/png;base64,") == 3
