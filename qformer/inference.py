@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from qformer.attention import AttentionMaps, attention_of_match, attention_of_text
 from qformer.build import STAGES, build_stage, build_transform
 from qformer.checkpoint import TENSORS, load_strictly, read_adapter
 from qformer.config import LlmConfig, ModelPart, Stage2Part, model_part, prompt_problem, read_config, read_values
@@ -287,6 +288,24 @@ class VisionLanguageModel:
             return torch.zeros(0, device=self.device)
         memory = model.adapter.project_images(*self._encode_side_by_side(rows))
         return model.adapter.match([memory], *model.tokenize(texts)).softmax(1)[:, 1]
+
+    def attention(self, image: Images, text: str | None = None, *, question: str | None = None) -> AttentionMaps:
+        """Where the queries look in an image, or in several together ([a, b], a clip), and what speaks for each word.
+
+        Args:
+            text: what stage 1 matches with it, or a caption or answer that stage 2 writes; None = the queries alone.
+            question: of stage 2, what the text answers; None = it is a caption.
+
+        Raises: ValueError when the encoder has no grid (`encoder.grid` of features), or an image cannot be read.
+        """
+        rows = self._rows(image)
+        row = rows if isinstance(rows, Features) else [[picture for row in rows for picture in row]]
+        features, of = self._encode_once(row, 1)
+        if question is None and isinstance(self.model, Stage1):
+            return attention_of_match(self.model, features, of.flatten(), text)
+        model, llm = self._stage2("question")
+        prompt = llm.prompt if question is None else self._prompts(question, None, history=(), prompt=None)[0]
+        return attention_of_text(model, features, of.flatten(), prompt=prompt, text=text)
 
     @property
     def vqa_prompt(self) -> str:

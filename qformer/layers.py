@@ -18,10 +18,24 @@ KeysValues = tuple[Tensor, Tensor]  # two of float[R, H, L, E]
 class ImageKV(NamedTuple):
     """Images that R rows look at: row r at image r % B, or where `image_of` is given at image_of[r % B']."""
 
-    keys: KeysValues | AbsorbedKV
+    keys: "KeysValues | AbsorbedKV | WatchedKV"
     mask: Tensor | None  # bool[B, 1, 1, N]
     times: int = 1  # rows of each image
     image_of: Tensor | None = None  # int64[B']
+
+
+class WatchedKV(NamedTuple):
+    """Keys and values of images that are attended to plainly, without dropout, and who looks where is kept."""
+
+    key: Tensor
+    value: Tensor
+    looks: list[Tensor]  # gains the probabilities float[B, H, times * Q, N], with their graph
+
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """`kernels.attend` of queries float[B, H, times * Q, E]."""
+        scores = scale * query @ self.key.transpose(2, 3)
+        self.looks.append((scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1))
+        return self.looks[-1] @ self.value
 
 
 class Packing(NamedTuple):
@@ -135,7 +149,10 @@ class Attention(nn.Module):
                 output = AbsorbedAttention.apply(rows, *keys, mask, self._p, self._scale)
             else:
                 rows = rows.unflatten(0, (times, n_images)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-                output = attend(rows, *keys, mask, p=self._p, scale=self._scale, index=image_of)
+                if isinstance(keys, WatchedKV):
+                    output = keys.attend(rows, mask, self._scale)
+                else:
+                    output = attend(rows, *keys, mask, p=self._p, scale=self._scale, index=image_of)
             output = output.unflatten(2, (times, -1)).permute(2, 0, 3, 1, 4)  # [times, B, Q, H, E]
             read.append(output.flatten(3).flatten(0, 1))
         return self._add(hidden, torch.cat(read))

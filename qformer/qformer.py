@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qformer.kernels import AbsorbedKV, dropout
-from qformer.layers import Attention, FeedForward, ImageKV, KeysValues, Packing
+from qformer.layers import Attention, FeedForward, ImageKV, KeysValues, Packing, WatchedKV
 
 
 class ImageMemory(NamedTuple):
@@ -33,7 +33,7 @@ class ImageMemory(NamedTuple):
     Row r looks at image r % B, or where `image_of` is given at image_of[r % B']; nothing is copied for it.
     """
 
-    layers: list[KeysValues | AbsorbedKV]
+    layers: Sequence[KeysValues | AbsorbedKV | WatchedKV]
     mask: Tensor | None  # bool[B, 1, 1, N]
     times: int = 1  # rows that look at each image
     image_of: Tensor | None = None  # int64[B']
@@ -46,6 +46,11 @@ class ImageMemory(NamedTuple):
     def select(self, index: Tensor) -> "ImageMemory":
         """The images at `index` int64[R], in that order."""
         return self._replace(image_of=index if self.image_of is None else self.image_of[index])
+
+    def watched(self) -> "ImageMemory":
+        """The same images, in whose layers' `looks` stands afterwards where the queries looked."""
+        assert self.image_of is None
+        return self._replace(layers=[WatchedKV(layer[0], layer[1], []) for layer in self.layers])
 
 
 class QueryPass(NamedTuple):

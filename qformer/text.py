@@ -1,5 +1,7 @@
 """Prompts, label masking, and what a tokenizer does to a text: pure functions, no model."""
 
+import re
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -76,6 +78,21 @@ def _line_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of `text` alone, without special tokens."""
     return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[str], list[int]]:
+    """The words of a text's tokens, and which of them each token belongs to; -1 = none (special tokens, punctuation)."""
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    text, kept, ends = "", [], [0]
+    for token_id in ids:
+        if token_id not in special:
+            kept.append(token_id)
+            text = str(tokenizer.decode(kept))
+        ends.append(len(text))
+    spans = [match.span() for match in re.finditer(r"\w[\w'’-]*", text)]
+    of_character = {at: word for word, span in enumerate(spans) for at in range(*span)}
+    places = [[of_character[at] for at in range(*span) if at in of_character] for span in pairwise(ends)]
+    return [text[slice(*span)] for span in spans], [words[-1] if words else -1 for words in places]
 
 
 def split_prompt(

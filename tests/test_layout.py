@@ -16,7 +16,7 @@ FLOORS = [
     ["config/", "files.py", "distributed.py", "layers.py", "parts.py", "lora.py"],
     ["encoders/", "language/", "qformer.py", "objectives.py", "data/", "metrics/", "optim.py", "log.py", "sharding.py"],
     ["models/", "checkpoint.py", "launch.py", "card.py", "report/"],
-    ["validation.py", "run_folder.py", "tuning.py", "bert.py"],
+    ["validation.py", "run_folder.py", "tuning.py", "bert.py", "attention/"],
     ["training.py", "shapes/"],
     ["build.py"],
     ["inference.py", "interop/"],  # use build

@@ -78,6 +78,9 @@ class EncoderConfig:
     dtype: str = _doc("float32", "dtype of the frozen weights", DTYPES)
     width: int | None = _doc(None, "width of precomputed features (loader features only)", at_least=1)
     num_tokens: int | None = _doc(None, "tokens of precomputed features, null if they vary (loader features only)")
+    grid: list[int] = _doc(
+        [], "[rows, columns] that the last tokens of precomputed features lie in, row by row (loader features only)"
+    )
 
     def __post_init__(self) -> None:
         # Only timm has models that are no vision transformers; for all others null is written out.

@@ -19,7 +19,7 @@ def check_unset(config: EncoderConfig, *names: str) -> None:
     Raises: ValueError when one of them is set.
     """
     for name in names:
-        if (value := getattr(config, name)) is not None:
+        if (value := getattr(config, name)) not in (None, []):
             raise ValueError(f"encoder.{name} is {value!r}, but loader '{config.loader}' does not read it; remove it")
 
 

@@ -62,18 +62,21 @@ class FrozenEncoder(nn.Module, ABC):
     It computes in the dtype of its weights whatever autocast says, so that cached features equal live ones.
     `learns` is "no", "lora" or "full" (then its weights are float32 and autocast decides).
     `width` is Dv, `num_tokens` N (None if it varies), `input_transform` what `inputs` went through (None for
-    precomputed features), `output_dtype` that of the tokens (None: as computed, for a cache).
+    precomputed features), `output_dtype` that of the tokens (None: as computed, for a cache). `grid` (h, w): the last h * w
+    tokens lie over the image row by row, those before them (class token, registers) nowhere; None = it is not known.
     """
 
     output_dtype: torch.dtype | None = torch.float32
     learns: str = "no"
 
     def __init__(
-        self, tower: nn.Module | None, width: int, num_tokens: int | None, input_transform: InputTransform | None
-    ) -> None:
+        self, tower: nn.Module | None, width: int, num_tokens: int | None, input_transform: InputTransform | None,
+        *, grid: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.tower = tower
         self.width = width
+        self.grid = grid
         self.num_tokens = num_tokens
         self.input_transform = input_transform
         self.requires_grad_(False)

@@ -31,16 +31,17 @@ class OpenClipEncoder(FrozenEncoder):
         trunk = visual.trunk if isinstance(visual, TimmModel) else visual
         if isinstance(trunk, VisionTransformer):
             blocks, width, prefix_tokens = trunk.transformer.resblocks, trunk.transformer.width, 1
-            patches = trunk.grid_size[0] * trunk.grid_size[1]
+            rows, columns = trunk.grid_size
         elif isinstance(trunk, (TimmVisionTransformer, Eva)):
             blocks, width, prefix_tokens = trunk.blocks, trunk.embed_dim, trunk.num_prefix_tokens
-            patches = trunk.patch_embed.num_patches
+            rows, columns = trunk.patch_embed.grid_size
             visual.head = nn.Identity()
         else:
             raise ValueError(f"encoder.id names a {type(trunk).__name__}, expected a vision transformer: 'ViT-L-14'")
         tap = block_index(block, len(blocks))
         trunk.prune_intermediate_layers([tap], prune_norm=True, prune_head=True)
-        super().__init__(visual, width, patches + prefix_tokens, square_transform(visual.preprocess_cfg, None))
+        transform = square_transform(visual.preprocess_cfg, None)
+        super().__init__(visual, width, rows * columns + prefix_tokens, transform, grid=(rows, columns))
         taken = {"indices": [tap], "stop_early": True, "intermediates_only": True, "output_fmt": "NLC"}
         self._arguments = {**taken, "output_extra_tokens": prefix_tokens > 0}
 
@@ -60,7 +61,7 @@ def load(config: EncoderConfig, seed: int = 0) -> OpenClipEncoder:
     """
     import open_clip
 
-    check_unset(config, "revision", "width", "num_tokens")
+    check_unset(config, "revision", "width", "num_tokens", "grid")
     dtype = torch_dtype("encoder.dtype", config.dtype, DTYPES)
     name = _name(config)
     # open_clip only warns where weights trained with QuickGELU meet a model without it: ViT-L-14, openai.

@@ -49,26 +49,32 @@ class TimmEncoder(FrozenEncoder):
         self._has_prefix = is_vit and tower.num_prefix_tokens > 0
         if self._has_prefix:
             self._arguments["return_prefix_tokens"] = True
-        _, self.num_tokens, self.width = self._output_shape(input_transform.size)
+        self._outline(input_transform.size)
 
     def encode(self, inputs: Tensor, mask: Tensor | None) -> Features:
+        output, prefix = self._read(inputs)
+        if self._has_prefix:
+            return Features(torch.cat([prefix, output], dim=1), None)
+        return Features(output if output.dim() == 3 else output.flatten(2).transpose(1, 2).contiguous(), None)
+
+    def _read(self, inputs: Tensor, **layout: str) -> tuple[Tensor, Tensor]:
+        """What the tap hands out, and the prefix tokens, none where there are none."""
         tower: Any = self.tower
         if self._whole:
             output = tower.forward_features(inputs)
         else:
-            (output,) = tower.forward_intermediates(inputs, **self._arguments)
-        if self._has_prefix:
-            patches, prefix = output
-            return Features(torch.cat([prefix, patches], dim=1), None)
-        return Features(output if output.dim() == 3 else output.flatten(2).transpose(1, 2).contiguous(), None)
+            (output,) = tower.forward_intermediates(inputs, **(self._arguments | layout))
+        return output if self._has_prefix else (output, inputs.new_zeros(0))
 
-    def _output_shape(self, side: int) -> torch.Size:
-        """Of the tokens of one image, from a copy of the model on the meta device: no memory, no arithmetic."""
+    def _outline(self, side: int) -> None:
+        """Sizes of the tokens of one image, from a copy of the model on the meta device: no memory, no arithmetic."""
         tensors = list(chain(self.parameters(), self.buffers()))
         outlined = copy.deepcopy(self, {id(tensor): tensor.to("meta") for tensor in tensors})
         with torch.no_grad():
             image = torch.empty(1, 3, side, side, dtype=tensors[0].dtype, device="meta")
-            return outlined.encode(image, None).tokens.shape
+            _, self.num_tokens, self.width = outlined.encode(image, None).tokens.shape
+            rows, columns = outlined._read(image, output_fmt="NCHW")[0].shape[2:]
+            self.grid = (rows, columns)
 
 
 def load(config: EncoderConfig, seed: int = 0) -> TimmEncoder:
@@ -78,7 +84,7 @@ def load(config: EncoderConfig, seed: int = 0) -> TimmEncoder:
     """
     import timm
 
-    check_unset(config, "revision", "width", "num_tokens")
+    check_unset(config, "revision", "width", "num_tokens", "grid")
     dtype = torch_dtype("encoder.dtype", config.dtype, DTYPES)
     name = _name(config)
     arguments: dict[str, Any] = {"pretrained": not config.random_weights}

@@ -57,8 +57,9 @@ class TransformersEncoder(FrozenEncoder):
         blocks = tower.get_submodule(stacks[0])
         tap = block_index(block, len(blocks))
         del blocks[tap + 1 :]
-        num_tokens = (side // config.patch_size) ** 2 + _PREFIX_TOKENS[config.model_type](config)
-        super().__init__(tower, config.hidden_size, num_tokens, input_transform)
+        rows = side // config.patch_size
+        num_tokens = rows**2 + _PREFIX_TOKENS[config.model_type](config)
+        super().__init__(tower, config.hidden_size, num_tokens, input_transform, grid=(rows, rows))
         self._tapped_block = f"{stacks[0]}.{tap}"
         self._arguments = {"interpolate_pos_encoding": True} if interpolated else {}
 
@@ -81,7 +82,7 @@ def load(config: EncoderConfig, seed: int = 0) -> TransformersEncoder:
     """
     from transformers import AutoModel, Blip2VisionModel, InstructBlipVisionModel
 
-    check_unset(config, "pretrained", "width", "num_tokens")
+    check_unset(config, "pretrained", "width", "num_tokens", "grid")
     dtype = torch_dtype("encoder.dtype", config.dtype, DTYPES)
     vision, part = _vision_config(config)
     assert config.block is not None

@@ -1,5 +1,6 @@
 """Features computed elsewhere take the place of an encoder."""
 
+import math
 from typing import final
 
 import torch
@@ -15,8 +16,8 @@ from qformer.parts import torch_dtype
 class PrecomputedFeatures(FrozenEncoder):
     """Features computed elsewhere, passed through with their mask: cached images, audio, proteins, point clouds."""
 
-    def __init__(self, width: int, num_tokens: int | None = None) -> None:
-        super().__init__(None, width, num_tokens, None)
+    def __init__(self, width: int, num_tokens: int | None = None, grid: tuple[int, int] | None = None) -> None:
+        super().__init__(None, width, num_tokens, None, grid=grid)
 
     def encode(self, inputs: Tensor, mask: Tensor | None) -> Features:
         if inputs.ndim != 3 or inputs.shape[2] != self.width or self.num_tokens not in (None, inputs.shape[1]):
@@ -37,11 +38,18 @@ class PrecomputedFeatures(FrozenEncoder):
 def load(config: EncoderConfig, seed: int = 0) -> PrecomputedFeatures:
     """The sizes that `encoder.*` names.
 
-    Raises: ValueError when the width is missing, or a key is set that belongs to a model.
+    Raises: ValueError when the width is missing, the grid has more places than there are tokens, or a key is set that
+        belongs to a model.
     """
     check_unset(config, "pretrained", "revision", "image_size")
     torch_dtype("encoder.dtype", config.dtype, DTYPES)
-    return PrecomputedFeatures(width(config), config.num_tokens)
+    if not config.grid:
+        return PrecomputedFeatures(width(config), config.num_tokens)
+    if len(config.grid) != 2 or min(config.grid) < 1 or math.prod(config.grid) > (config.num_tokens or math.inf):
+        raise ValueError(
+            f"encoder.grid is {config.grid}, expected [rows, columns], no more places than encoder.num_tokens={config.num_tokens}"
+        )
+    return PrecomputedFeatures(width(config), config.num_tokens, (config.grid[0], config.grid[1]))
 
 
 def width(config: EncoderConfig) -> int:

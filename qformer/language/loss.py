@@ -23,6 +23,10 @@ class LanguageLoss(NamedTuple):
 
 def loss_of_rows(logits: Tensor, labels: Tensor) -> LanguageLoss:
     """float[B, T, V] and the int64[B, T] they should predict, IGNORE_INDEX where nothing -> the loss of each row."""
+    return LanguageLoss(loss_of_tokens(logits, labels).sum(1), (labels.to(logits.device) != IGNORE_INDEX).sum(1))
+
+
+def loss_of_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    """float32[B, T] of the same, 0 where nothing is to be predicted."""
     labels = labels.to(logits.device)
-    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
-    return LanguageLoss(losses.sum(1), (labels != IGNORE_INDEX).sum(1))
+    return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
