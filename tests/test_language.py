@@ -20,8 +20,10 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
 )
+from transformers.cache_utils import DynamicLayer
 
 from qformer.language import DecoderOnly, EncoderDecoder, FrozenLanguageModel, load_language_model
+from qformer.language.memory import RoomyLayer, SharedStart
 from qformer.language.visual import VisualRows
 from qformer.text import (
     IGNORE_INDEX,
@@ -122,6 +124,18 @@ def build(family, vocab_size=V, **variant) -> FrozenLanguageModel:
 def visual_prompt_for(lm, rows=3, queries=4, requires_grad=False):
     torch.manual_seed(2)
     return torch.randn(rows, queries, lm.width).requires_grad_(requires_grad)
+
+
+def count_read(lm):
+    """A list that grows with every forward pass, by how many positions it reads."""
+    read = []
+
+    def count(_, args, given):
+        embeds = given.get("inputs_embeds")
+        read.append(given["input_ids"].numel() if embeds is None else embeds.shape[0] * embeds.shape[1])
+
+    lm.model.register_forward_pre_hook(count, with_kwargs=True)
+    return read
 
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -349,19 +363,71 @@ def test_a_row_is_read_once_for_all_its_beams(family, monkeypatch):
     visual_prompt, prompts = visual_prompt_for(lm).double(), ["a photo of", "", "red"]
     search = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 3, "num_return": 2}
     lm.require_generation()  # so that what is tried once is not counted below
-    read = []
-
-    def count(_, args, given):
-        embeds = given.get("inputs_embeds")
-        read.append(given["input_ids"].numel() if embeds is None else embeds.shape[0] * embeds.shape[1])
-
-    lm.model.register_forward_pre_hook(count, with_kwargs=True)
+    read = count_read(lm)
     texts, ahead = lm.generate(visual_prompt, prompts, **search), sum(read)
     read.clear()
     monkeypatch.setattr(type(lm), "_read_ahead", lambda *_: {})
     assert lm.generate(visual_prompt, prompts, **search) == texts
     length = read[0] // 9
     assert sum(read) - ahead == (9 - 3) * (length - 1)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "qwen3"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_what_several_texts_begin_with_is_read_once(family, num_beams):
+    """Two images, two texts behind each: in double precision, no ties."""
+    lm = build(family)
+    lm.model.double()
+    images = visual_prompt_for(lm, rows=2).double()
+    visual_prompt = images[[0, 1, 0, 1]]
+    prompts = ["a photo of red", "a photo of the blue circle left of two", "a photo of", "a photo of three square"]
+    search = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": num_beams}
+    alone = [lm.generate(visual_prompt[i : i + 1], prompts[i : i + 1], **search)[0] for i in range(4)]
+    lm.generate(visual_prompt, prompts, **search)  # so that what is tried once is not counted below
+    read = count_read(lm)
+    assert lm.generate(visual_prompt, prompts, **search) == alone
+    start, longest = 4 + 3, 4 + 1 + 9  # 4 queries and "<s> a photo" before the shortest ends; then the longest text
+    assert read == [2 * start, 4 * (longest - 1 - start), *[4 * num_beams] * 4]
+
+
+def test_rows_without_anything_in_common_are_read_by_themselves():
+    lm = build("opt")
+    visual_prompt = visual_prompt_for(lm)
+    embeds, mask = lm._start(VisualRows.of(visual_prompt, None, 3, lm.width), [[]] * 3, PROMPT_ROWS)
+    assert SharedStart.of(embeds, mask, 4) is None
+    assert SharedStart.of(embeds, mask, 0) is None
+
+
+def test_starts_may_hold_several_images():
+    """Rows of one and of two images, of which the first is the same: it is read once."""
+    lm = build("opt")
+    lm.model.double()
+    images = visual_prompt_for(lm, rows=2).double()
+    both = torch.cat([images[0], images[1]])
+    visual_prompt, visual_mask = torch.stack([both, both]), torch.ones(2, 8, dtype=torch.bool)
+    visual_mask[1, 4:] = False
+    prompts, search = ["a photo of red", "what is the"], {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 3}
+    alone = [
+        lm.generate(prompt[None], [text], **search)[0] for prompt, text in zip((both, images[0]), prompts, strict=True)
+    ]
+    read = count_read(lm)
+    assert lm.generate(visual_prompt, prompts, visual_mask=visual_mask, **search) == alone
+    assert read[-6] == 4
+
+
+def test_keys_and_values_with_room_move_as_those_of_transformers():
+    torch.manual_seed(0)
+    ours, theirs = RoomyLayer(3), DynamicLayer()
+    for i, length in enumerate((5, 1, 2)):
+        new = torch.randn(2, 6, 2, length, 4)
+        if i == 0:  # beams of a row begin alike
+            new = new[:, ::3].repeat_interleave(3, 1)
+        for pair in zip(ours.update(*new), theirs.update(*new), strict=True):
+            torch.testing.assert_close(*pair, rtol=0, atol=0)
+        beams = torch.tensor([2, 0, 0, 5, 5, 3])
+        ours.reorder_cache(beams)
+        theirs.reorder_cache(beams)
+        assert ours.get_seq_length() == theirs.get_seq_length()
 
 
 @each_family

@@ -1,13 +1,14 @@
 """Language models that read with an encoder and write with a decoder."""
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from qformer.language.frozen import FrozenLanguageModel, Prompt
+from qformer.language.memory import for_decoder_beams
 from qformer.language.visual import VisualRows
 from qformer.text import IGNORE_INDEX, encode, pad_rows
 
@@ -61,6 +62,11 @@ class EncoderDecoder(FrozenLanguageModel):
             use_cache=False,
         ).logits
         return logits, labels
+
+    def _read_ahead(self, embeds: Tensor, mask: Tensor, config: GenerationConfig, alike: int) -> dict[str, Any]:
+        """Room for what the decoder keeps; what it keeps of the encoder's output all beams of a row share."""
+        room = config.max_new_tokens or 0
+        return {"past_key_values": for_decoder_beams(room)} if (config.num_beams or 1) > 1 else {}
 
     def remember(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder makes of the row."""

@@ -231,7 +231,8 @@ class FrozenLanguageModel(nn.Module, ABC):
             **self._special_ids,
             **settings,
         )
-        embeds, mask = self._start(visual, [self._before(p) for p in prompts], list(prompts))
+        before = [self._before(prompt) for prompt in prompts]
+        embeds, mask = self._start(visual, before, list(prompts))
         self._limits.require_positions(embeds.shape[1], max_new_tokens, "prompt and answer may take")
         # Not by the config: there, with rows from embeddings, padding shields the first new tokens from the penalty.
         penalty = [RepetitionPenalty(repetition_penalty)] if repetition_penalty != 1 else []
@@ -241,30 +242,30 @@ class FrozenLanguageModel(nn.Module, ABC):
         groups = (
             [slice(None)] if bool(mask.all()) or self._try_padding() else [slice(i, i + 1) for i in range(len(mask))]
         )
+        alike = 0 if len(groups) > 1 else min(n + len(b) for n, b in zip(visual.lengths, before, strict=True))
         new_ids = [
             row
             for group in groups
             for processors in [[*penalty, *([] if seeds is None else [draw(seeds[group])])]]
-            for row in self._search(embeds[group], mask[group], config, processors, alone=len(groups) > 1)
+            for row in self._search(embeds[group], mask[group], config, processors, alike=alike)
         ]
         assert all(len(row) <= max_new_tokens for row in new_ids)
         return [self._text(row) for row in new_ids]
 
     def _search(
-        self, embeds: Tensor, mask: Tensor, config: GenerationConfig, processors: list[Any], *, alone: bool
+        self, embeds: Tensor, mask: Tensor, config: GenerationConfig, processors: list[Any], *, alike: int
     ) -> list[list[int]]:
-        """New ids of each row; `alone`: a single row, whose padding is taken off."""
-        if alone:
+        """New ids of each row, whose first `alike` positions may be another's too; of a single row without its padding."""
+        if len(embeds) == 1:
             embeds, mask = embeds[:, mask[0]], mask[:, mask[0]]
         more: dict[str, Any] = {"logits_processor": LogitsProcessorList(processors)} if processors else {}
         inputs = {"inputs_embeds": embeds, "attention_mask": mask.long(), "generation_config": config, **more}
-        copies = max(cast(int, config.num_beams), cast(int, config.num_return_sequences))
         new_ids = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Passing `")
             if not self._rereads:
                 try:
-                    ahead = self._read_ahead(embeds, mask, copies)
+                    ahead = self._read_ahead(embeds, mask, config, alike)
                     new_ids = cast(Any, self.model).generate(**inputs, **ahead)
                 except torch.OutOfMemoryError:
                     raise
@@ -358,9 +359,9 @@ class FrozenLanguageModel(nn.Module, ABC):
             )
         return visual.join(self._embedding, self.facts.pad_id, before, ids, pads_first=pads_first)
 
-    def _read_ahead(self, embeds: Tensor, mask: Tensor, copies: int) -> dict[str, Any]:
-        """More arguments of `generate`, which would read every row again for each of its `copies`."""
-        return {}
+    @abstractmethod
+    def _read_ahead(self, embeds: Tensor, mask: Tensor, config: GenerationConfig, alike: int) -> dict[str, Any]:
+        """More arguments of `generate`, which would read every row again for each of its beams, and copy what it keeps."""
 
     @abstractmethod
     def remember(self, embeds: Tensor, mask: Tensor) -> Any:

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qformer.language.memory import SharedStart
 from qformer.messages import one_line
 
 if TYPE_CHECKING:
+    from qformer.language.decoder_only import DecoderOnly
     from qformer.language.frozen import FrozenLanguageModel
 
 
@@ -66,6 +68,23 @@ def keeps_rows(llm: "FrozenLanguageModel") -> bool:
     except Exception:  # a memory of another kind, which is not for us to repeat
         return False
     return not any(_differ(*pair) for pair in pairs)
+
+
+@torch.no_grad()
+def shares_starts(llm: "DecoderOnly") -> bool:
+    """Whether rows that go on from a start which was read once for all of them read as they do by themselves."""
+    start, texts = noise(llm, 4), noise(llm, 5)
+    embeds = torch.cat([torch.cat([texts[:, :2], start, texts[:, 2:3]], 1), torch.cat([start, texts[:, 2:]], 1)])
+    mask = torch.ones(2, 7, dtype=torch.bool, device=start.device)
+    mask[0, :2] = False
+    try:
+        shared = SharedStart.of(embeds, mask, 4)
+        cache = None if shared is None else llm.read_alike(shared, embeds, mask)
+        return cache is not None and not _differ(llm.next_logits(embeds, mask), llm.logits_behind(cache, embeds, mask))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a memory of another kind, which is not for us to spread
+        return False
 
 
 @torch.no_grad()
