@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -39,18 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(handlers=[quiet], force=True)
 
     try:
-        stage = named_stage(args.config)
-        prepare_environment()  # only now what imports torch
-        from qformer.build import STAGES
-
-        if stage not in STAGES:
-            raise ConfigError(
-                f"stage: {stage!r} is not one of {', '.join(STAGES)}; name configs/stage1.yaml or stage=stage1"
-            )
-        config = load_config(STAGES[stage][0], args.config)
+        config = load_config(_schema(named_stage(args.config)), args.config)  # without torch: a mistake is said at once
     except ConfigError as error:
         results: Iterable[Finding] = [Finding("config", FAILED, str(error))]
     else:
+        prepare_environment()
         from qformer.doctor.examine import examine
 
         results = examine(config, processes=args.processes, sample=args.sample, trial=not args.quick)
@@ -62,6 +56,20 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(findings)} checks: {failed} failed, {warned} warned" if failed or warned else "all is well")
     if failed:
         raise SystemExit(2)
+
+
+def _schema(stage: str | None) -> Any:
+    schemas: dict[str, Any] = {schema.stage: schema for schema in (Stage1Config, Stage2Config)}
+    if stage is not None and stage not in schemas:
+        prepare_environment()
+        from qformer.build import STAGES  # a stage that was added
+
+        schemas = {name: schema for name, (schema, _) in STAGES.items()}
+    if stage not in schemas:
+        raise ConfigError(
+            f"stage: {stage!r} is not one of {', '.join(schemas)}; name configs/stage1.yaml or stage=stage1"
+        )
+    return schemas[stage]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -395,3 +397,14 @@ def test_a_quantised_language_model_is_counted_as_one(tiny):
     assert whole == parameter_bytes(llm)
     assert whole - resident_bytes(llm, "8bit") == matrices * (4 - 1)
     assert whole - resident_bytes(llm, "4bit") == pytest.approx(matrices * (4 - 0.5625), abs=20)
+
+
+def test_a_mistake_in_the_config_is_said_before_torch_is_imported():
+    code = (
+        "import sys, contextlib; from stages import doctor\n"
+        "with contextlib.suppress(SystemExit): doctor.main(['configs/shapes/stage1.yaml', 'train.max_stepz=3'])\n"
+        "print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True)
+    assert "train.max_stepz" in run.stdout
+    assert run.stdout.splitlines()[-1] == "False"
