@@ -3,6 +3,7 @@
 docs/observability.md says of every number in `metrics.jsonl` what it is and when to worry.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -10,7 +11,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -23,7 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from qformer.files import METRICS_FILE
+from qformer.files import METRICS_FILE, WARNINGS_FILE
+from qformer.messages import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +75,8 @@ class RunLog:
         path = folder / METRICS_FILE
         if resume_step is not None:
             _cut_after(path, resume_step)
-        elif path.exists():
-            aside = next(p for i in count(1) if not (p := folder / f"metrics.{i}.jsonl").exists())
-            os.replace(path, aside)
-            logger.warning("%s held the metrics of an earlier run; moved to %s", path, aside.name)
+        elif aside := _move_aside(path):
+            logger.warning("%s held the metrics of an earlier run; moved to %s", path, aside)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -114,6 +114,48 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class WarningFile(logging.Handler):
+    """Keeps what this package warns of while a run trains in `folder/warnings.jsonl`, and the error that ends it.
+
+    One JSON object a line: `time` (local, to the second), `step` (None before the first, or in a data worker), `level`,
+    `message`. Each start and each resumption is a line of level INFO. A resumed run goes on with its file. A disk that
+    takes no more loses lines and stops no run.
+
+    Args:
+        folder: the run's folder.
+        is_main: whether this is the rank that writes; its data workers write too where they are forked.
+        resumes: whether the run goes on from a checkpoint; a fresh start moves the file of an earlier run aside.
+    """
+
+    def __init__(self, folder: Path, *, is_main: bool, resumes: bool) -> None:
+        super().__init__(logging.WARNING)
+        self.step: Callable[[], int] | None = None
+        self._path, self._is_main, self._resumes, self._process = folder / WARNINGS_FILE, is_main, resumes, os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(record.levelname, record.getMessage())
+
+    def _write(self, level: str, message: str) -> None:
+        step = self.step() if self.step is not None and os.getpid() == self._process else None
+        line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "level": level, "message": message}
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def __enter__(self) -> "WarningFile":
+        if self._is_main:
+            if not self._resumes:
+                _move_aside(self._path)
+            self._write("INFO", "resumed" if self._resumes else "started")
+            logging.getLogger("qformer").addHandler(self)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._is_main:
+            logging.getLogger("qformer").removeHandler(self)
+            if error is not None:
+                self._write("ERROR", f"the run ended: {one_line(error, limit=500)}")
 
 
 class StepProgress:
@@ -299,6 +341,15 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else str(float(value))
+
+
+def _move_aside(path: Path) -> str | None:
+    """Give a file of an earlier run the next free name, as metrics.1.jsonl, and return that; None where there is none."""
+    if not path.exists():
+        return None
+    aside = next(p for i in count(1) if not (p := path.with_suffix(f".{i}{path.suffix}")).exists())
+    os.replace(path, aside)
+    return aside.name
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -87,6 +87,16 @@ def save_or_go_on(save: Callable[[], object], run_dir: Path, step: int, must: bo
         return False
 
 
+def warn_of_deadline(step_s: float, save_s: float, stop_within_s: float) -> None:
+    """Say so when a step and a checkpoint, seconds each, take longer than the scheduler leaves after SIGTERM."""
+    if step_s + save_s > stop_within_s:
+        logger.warning(
+            "a step takes %.0f s and a checkpoint %.0f s: told to stop by SIGTERM, this run may need more than "
+            "train.stop_within_s=%g; ask the scheduler for more time (SLURM: --signal=TERM@%d) and set it to that",
+            step_s, save_s, stop_within_s, 2 * (step_s + save_s),
+        )  # fmt: skip
+
+
 @contextlib.contextmanager
 def exclusive_lock(run_dir: Path) -> Iterator[None]:
     """Lock the folder for as long as this process lives; a killed run leaves no lock."""

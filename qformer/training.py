@@ -23,10 +23,19 @@ from qformer.data import GlobalBatches, RecordDataset, build_order, derive_seed,
 from qformer.data.records import distinct_captions
 from qformer.distributed import sum_over_ranks
 from qformer.launch import stop_signals
-from qformer.log import ChanceWatch, CollapseWatch, MetricWindow, RunLog, describe_losses, gradient_norms, memory_bytes
+from qformer.log import (
+    ChanceWatch,
+    CollapseWatch,
+    MetricWindow,
+    RunLog,
+    WarningFile,
+    describe_losses,
+    gradient_norms,
+    memory_bytes,
+)  # fmt: skip
 from qformer.models import Output, Prepared, Stage
 from qformer.optim import build_optimizer, lr_at
-from qformer.run_folder import on_first_rank, open_run, save_or_go_on
+from qformer.run_folder import on_first_rank, open_run, save_or_go_on, warn_of_deadline
 from qformer.sharding import shard_blocks, shards_frozen
 from qformer.tuning import encoder_lr_scales
 from qformer.validation import describe_validation, validate
@@ -70,9 +79,13 @@ def fit(
         or batch size that does not fit, or when more than `data.max_dropped_fraction` of the records were broken; OSError
         when the last checkpoint or the adapter could not be written.
     """
-    options = config.train
-    with open_run(Path(config.run.dir), options.resume, model.adapter, options.keep_checkpoints) as resume_from:
+    options, run_dir, is_main = config.train, Path(config.run.dir), accelerator.is_main_process
+    with (
+        open_run(run_dir, options.resume, model.adapter, options.keep_checkpoints) as resume_from,
+        WarningFile(run_dir, is_main=is_main, resumes=resume_from is not None) as warnings,
+    ):
         run = _Run(model, train, validation, config=config, accelerator=accelerator, resume_from=resume_from)
+        warnings.step = lambda: run.progress.step
         return run.loop()
 
 
@@ -246,7 +259,7 @@ class _Run:
 
         if save_or_go_on(write, self.run_dir, step, must):
             if self.saved_step == self.first.step:
-                _warn_of_deadline(self.step_s, time.perf_counter() - start, options.stop_within_s)
+                warn_of_deadline(self.step_s, time.perf_counter() - start, options.stop_within_s)
             self.saved_step = step
 
     def leave_adapter(self) -> None:
@@ -297,15 +310,6 @@ def _restore(
     if changed:
         logger.warning("this is another run from here on, its config has changed: %s", "; ".join(changed))
     return progress, state.get("scaler")
-
-
-def _warn_of_deadline(step_s: float, save_s: float, stop_within_s: float) -> None:
-    if step_s + save_s > stop_within_s:
-        logger.warning(
-            "a step takes %.0f s and a checkpoint %.0f s: told to stop by SIGTERM, this run may need more than "
-            "train.stop_within_s=%g; ask the scheduler for more time (SLURM: --signal=TERM@%d) and set it to that",
-            step_s, save_s, stop_within_s, 2 * (step_s + save_s),
-        )  # fmt: skip
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Config) -> float:

@@ -88,7 +88,7 @@ def test_stage1_leaves_the_run_folder(stage1_run, tiny):
     assert left == sorted(
         [f"adapter/{name}" for name in ("README.md", "SHA256SUMS", "adapter.safetensors", "config.yaml")]
         + [f"checkpoints/step-{n}/{name}" for n in (2, 4) for name in checkpoint]
-        + [".lock", "config.yaml", "metrics.jsonl"]
+        + [".lock", "config.yaml", "metrics.jsonl", "warnings.jsonl"]
     )
     whole = read_config(stage1_run, Stage1Config)
     assert only_model(whole) == read_config(stage1_run / "adapter", Stage1Part) == read_config(stage1_run, Stage1Part)

@@ -90,7 +90,7 @@ def read_run(folder: Path, name: str = "") -> Run:
 def read_lines(path: Path, needs: str = "step") -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; a last line that is not whole is left out: a run may be writing it just now.
 
-    Where steps go back, a run was resumed: lines of later steps that stand before are left out.
+    Where steps go back, a run was resumed: lines that stand before and are not of earlier steps are left out.
 
     Args:
         needs: a key that every object has.
@@ -109,9 +109,8 @@ def read_lines(path: Path, needs: str = "step") -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}, line {number}: expected a JSON object with {needs!r}; delete the line"
             ) from error
-        if needs == "step":
-            while lines and lines[-1]["step"] > line["step"]:
-                lines.pop()
+        if needs == "step" and lines and lines[-1]["step"] > line["step"]:
+            lines = [before for before in lines if before["step"] < line["step"]]
         lines.append(line)
     return lines
 
