@@ -5,10 +5,12 @@
 # make bench  time every row against LAVIS and transformers, results in results/bench (an hour; see benchmarks/README.md)
 # make capfilt   what CapFilt brings back of what noisy captions cost on Shapes: six sets of captions, three seeds (hours)
 # make reproduce   the whole table: both language models, the ablation, three seeds (an hour or two)
+# make photographs   both stages on Flickr8k with three small pretrained models, in PHOTOS (hours; ARGS='--steps small': 20 minutes)
 PYTHON ?= python3
+PHOTOS ?= ../shared/flickr8k
 BIN = .venv/bin
 
-.PHONY: demo test check docs bench reproduce capfilt clean
+.PHONY: demo test check docs bench reproduce capfilt photographs clean
 
 demo: .venv/installed
 	$(BIN)/python examples/shapes/demo.py
@@ -18,6 +20,10 @@ reproduce: .venv/installed
 
 capfilt: .venv/installed
 	$(BIN)/python examples/shapes/capfilt.py
+
+photographs: .venv/installed
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[photographs]'
+	$(BIN)/python examples/photographs/journey.py --photos $(PHOTOS) $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -21,6 +21,8 @@ import psutil
 import torch
 from rich.console import Console
 
+from qformer.files import atomic_file
+
 LAUNCHER = "qformer.launcher"
 STATE_FILE, STAGES = "experiment.json", "stages"
 
@@ -70,7 +72,7 @@ class Experiment:
         self._recipe = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(recipe).items()}
         self._running: list[subprocess.Popen[bytes]] = []
         self._lock, self._starting, self._stopping = threading.Lock(), False, False
-        self._seconds_before = 0.0
+        self._seconds_before, self.part_seconds = 0.0, dict[str, float]()
         if resume:
             self._take_up()
         else:
@@ -122,6 +124,9 @@ class Experiment:
         self.console.print(f"$ {shlex.join([_shown(part.command[0]), *part.command[1:]])}", style="dim")
         start = time.perf_counter()
         code = self._spawn(part.command, log)
+        taken = time.perf_counter() - start
+        self.part_seconds[part.name] = self.part_seconds.get(part.name, 0) + taken
+        self._remember()
         if self._stopping:
             raise KeyboardInterrupt
         if code:
@@ -129,7 +134,7 @@ class Experiment:
             raise PartFailed(f"{part.name} failed (exit code {code})", 128 - code if code < 0 else code)
         if not part.finished():
             raise PartFailed(f"{part.name} was stopped before its end", 130)
-        self.console.print(f"== {part.name} took {duration(time.perf_counter() - start)}", style="bold")
+        self.console.print(f"== {part.name} took {duration(taken)}", style="bold")
 
     def run_side_by_side(self, chains: Sequence[Sequence[Part]]) -> None:
         """Run chains of parts, `jobs` chains at a time; the first failure stops them all.
@@ -221,11 +226,12 @@ class Experiment:
                     f"{self.out} was begun with {key}={state['recipe'].get(key)}, not {value}; "
                     "choose another --out, or give the same options"
                 )
-        self._seconds_before = state["seconds"]
+        self._seconds_before, self.part_seconds = state["seconds"], state.get("part_seconds", {})
 
     def _remember(self) -> None:
-        state = {"recipe": self._recipe, "seconds": round(self.seconds, 1)}
-        (self.out / STATE_FILE).write_text(json.dumps(state) + "\n")
+        state = {"recipe": self._recipe, "seconds": round(self.seconds, 1), "part_seconds": self.part_seconds}
+        with atomic_file(self.out / STATE_FILE) as scratch:
+            scratch.write_text(json.dumps(state) + "\n")
 
 
 def duration(seconds: float) -> str:
