@@ -434,7 +434,7 @@ def test_keys_and_values_with_room_move_as_those_of_transformers():
 def test_greedy_generation_is_the_argmax_of_uncached_forwards(family):
     lm = build(family)
     visual_prompt = visual_prompt_for(lm, rows=1)
-    embeds, _ = lm._start(VisualRows.of(visual_prompt, None, 1, lm.width), [[]], ["a photo of"])
+    embeds, _ = lm.start(VisualRows.of(visual_prompt, None, 1, lm.width), ["a photo of"])
     new_ids: list[int] = []
     while len(new_ids) < 6:
         if lm.is_encoder_decoder:

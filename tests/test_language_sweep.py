@@ -124,10 +124,10 @@ def test_another_picture_changes_a_short_prompt_behind_a_long_one_as_it_does_alo
     llm = build("mistral", AutoModelForCausalLM)
     torch.manual_seed(3)
     first, other = torch.randn(2, 4, llm.width), torch.randn(2, 4, llm.width)
-    inputs = [llm._start(VisualRows.of(v, None, 2, llm.width), [[], []], [LONG, "red"]) for v in (first, other)]
+    inputs = [llm.start(VisualRows.of(v, None, 2, llm.width), [LONG, "red"]) for v in (first, other)]
     batch = [llm.next_logits(*given)[1] for given in inputs]
     last = [VisualRows.of(v[1:], None, 1, llm.width) for v in (first, other)]
-    alone = [llm.next_logits(*llm._start(v, [[]], ["red"]))[0] for v in last]
+    alone = [llm.next_logits(*llm.start(v, ["red"]))[0] for v in last]
     assert (alone[0] - alone[1]).abs().max() > 0.1
     torch.testing.assert_close(batch[0] - batch[1], alone[0] - alone[1], rtol=1e-3, atol=1e-3)
 

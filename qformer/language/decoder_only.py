@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -153,9 +154,8 @@ class DecoderOnly(FrozenLanguageModel):
         logits: Tensor = self._read_on(cache, embeds[:, -1:], mask).logits[:, -1]
         return logits
 
-    def _start(
-        self, visual: VisualRows, before: list[list[int]], prompts: list[Prompt]
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def start(self, visual: VisualRows, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        before = [self._before(prompt) for prompt in prompts]
         # The next token is read off the last position, and nothing stands between visual prompt and text.
         ids = [self._opening_ids(prompt) for prompt in prompts]
         return self._join(visual, before, ids, pads_first=True)

@@ -1,5 +1,6 @@
 """Language models that read with an encoder and write with a decoder."""
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -89,7 +90,6 @@ class EncoderDecoder(FrozenLanguageModel):
             inputs_embeds=embeds, attention_mask=mask.long(), decoder_input_ids=start, use_cache=False
         ).logits[:, -1]
 
-    def _start(
-        self, visual: VisualRows, before: list[list[int]], prompts: list[Prompt]
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def start(self, visual: VisualRows, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        before = [self._before(prompt) for prompt in prompts]
         return self._join(visual, before, [self._framed(prompt) for prompt in prompts])

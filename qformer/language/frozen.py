@@ -231,8 +231,7 @@ class FrozenLanguageModel(nn.Module, ABC):
             **self._special_ids,
             **settings,
         )
-        before = [self._before(prompt) for prompt in prompts]
-        embeds, mask = self._start(visual, before, list(prompts))
+        embeds, mask = self.start(visual, prompts)
         self._limits.require_positions(embeds.shape[1], max_new_tokens, "prompt and answer may take")
         # Not by the config: there, with rows from embeddings, padding shields the first new tokens from the penalty.
         penalty = [RepetitionPenalty(repetition_penalty)] if repetition_penalty != 1 else []
@@ -390,8 +389,8 @@ class FrozenLanguageModel(nn.Module, ABC):
         """float[B, V] of the first token that follows rows float[B, L, Dl] with mask bool[B, L]."""
 
     @abstractmethod
-    def _start(self, visual: VisualRows, before: list[list[int]], prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-        """float[B, L, Dl] and bool[B, L] to generate from."""
+    def start(self, visual: VisualRows, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """Rows float[B, L, Dl] of visual prompt and text that `generate` continues, and their mask bool[B, L]."""
 
 
 def _require_list(texts: Sequence[Prompt], name: str) -> None:

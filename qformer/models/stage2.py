@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qformer.data import Batch, RecordDataset
 from qformer.encoders import Features, FrozenEncoder
 from qformer.language import FrozenLanguageModel
+from qformer.language.visual import VisualRows
 from qformer.metrics.queries import describe_queries
 from qformer.models.batch import TextTokens, split_prefix, tokenize
 from qformer.models.stage import Output, Prepared, Stage
@@ -111,6 +112,17 @@ class Stage2(Stage[PromptsAndTargets]):
         if (images := dataset.most_images) > 1:  # now, and not when the first of them comes
             queries = self.adapter.qformer.query_tokens.shape[1]
             self.llm.require_lengths(queries, self.prompt, self.max_target_tokens, images=images)
+
+    def prompt_embeds(self, features: Features, prompts: list[str], rows: Tensor | None = None) -> list[Tensor]:
+        """What the language model reads of each row, float[L, Dl]: visual prompt and text, in a chat inside its template.
+
+        Args:
+            features, prompts, rows: as of `visual_prompt`.
+        """
+        visual_prompt = self.visual_prompt(features, prompts, rows)
+        visual = VisualRows.of(visual_prompt, self.visual_mask(rows), len(prompts), self.llm.width)
+        embeds, real = self.llm.start(visual, prompts)
+        return [row[of_row] for row, of_row in zip(embeds, real, strict=True)]
 
     def visual_prompt(self, features: Features, prompts: list[str], rows: Tensor | None = None) -> Tensor:
         """float[R, Q, Dl] of a frozen encoder's features and R prompts, which only an instructed Q-Former reads.
