@@ -39,6 +39,7 @@ from qformer.encoders import FrozenEncoder
 from qformer.files import atomic_folder
 from qformer.interop import cards
 from qformer.interop.cards import CARD, REST, ExportReport
+from qformer.interop.chat_template import chat_template
 from qformer.interop.keys import BLIP2, INSTRUCT_BLIP
 from qformer.interop.parity import (
     TOLERANCE,
@@ -207,6 +208,8 @@ def _write_whole(
     parts = [image_processor]
     if stage2:
         tokenizers = [_llm_tokenizer(stage2.llm, folder)]
+        if stage2.llm.chat is None:
+            tokenizers[0].chat_template = chat_template(stage2.llm, config.llm.prompt, stage2.vqa_prompt)
         tokenizers[0].add_tokens([AddedToken(IMAGE, normalized=False, special=True)], special_tokens=True)
         parts += [*tokenizers, *([copy.deepcopy(stage2.tokenizer)] if instructed else [])]
         image_id = tokenizers[0].convert_tokens_to_ids(IMAGE)
