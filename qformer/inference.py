@@ -132,8 +132,13 @@ class VisionLanguageModel:
         Raises: ValueError when the numbers of images and prompts differ, or an image cannot be read.
         """
         _, llm = self._stage2("caption")
-        rows, prompts = self._prompted(images, prompt)
-        if not prompts:
+        rows = self._rows(images)
+        count = len(rows.tokens) if isinstance(rows, Features) else len(rows)
+        prompt = llm.prompt if prompt is None else prompt
+        prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != count:
+            raise ValueError(f"{len(prompts)} prompts for {count} images; give one each, or one text for all")
+        if not count:
             return []
         settings = {
             "num_beams": llm.num_beams,
@@ -141,32 +146,6 @@ class VisionLanguageModel:
             "min_new_tokens": llm.caption_min_new_tokens,
         } | generation
         return self._write(rows, prompts, **settings)
-
-    @torch.no_grad()
-    def prompt_embeds(self, images: Images, prompt: str | Sequence[str] | None = None) -> list[Tensor]:
-        """What the language model reads of each image and its text, float[L, Dl]: for a server of that model alone.
-
-        Args:
-            prompt: text the model continues, one for all or one an image; None = the one of training. `ask` makes one of a question.
-
-        Raises: ValueError when the numbers of images and prompts differ, or an image cannot be read.
-        """
-        model, _ = self._stage2("prompt_embeds")
-        rows, prompts = self._prompted(images, prompt)
-        if not prompts:
-            return []
-        features, image_of = self._encode_once(rows)
-        return model.prompt_embeds(features, prompts, image_of)
-
-    def _prompted(self, images: Images, prompt: str | Sequence[str] | None) -> tuple[Rows, list[str]]:
-        """Rows of images, and what the language model reads behind each."""
-        rows = self._rows(images)
-        count = len(rows.tokens) if isinstance(rows, Features) else len(rows)
-        prompt = self._stage2("caption")[1].prompt if prompt is None else prompt
-        prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != count:
-            raise ValueError(f"{len(prompts)} prompts for {count} images; give one each, or one text for all")
-        return rows, prompts
 
     def answer(
         self, images: Images | None, questions: str | Sequence[str], context: str | Sequence[str] | None = None, *,

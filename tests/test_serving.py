@@ -93,7 +93,7 @@ def test_a_rendered_chat_is_the_prompt_of_ours_letter_by_letter(served):
 def test_the_bytes_sent_are_visual_prompt_and_embedded_text(tiny, tmp_path):
     ours = trained(tmp_path, tiny, 2, {}, f"llm.id={tiny.opt}", "llm.prompt=a photo of")
     llm = ours.model.llm
-    rows = ours.prompt_embeds([picture(), picture(1)], ["a photo of", "red"])
+    rows = ours.model.prompt_embeds(ours.encode([picture(), picture(1)]), ["a photo of", "red"])
     for i, (prompt, row) in enumerate(zip(["a photo of", "red"], rows, strict=True)):
         sent = torch.load(io.BytesIO(base64.b64decode(example("prompt_embeds").encode(row))), weights_only=True)
         with torch.no_grad():

@@ -53,10 +53,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help="the model's name at the server; default: llm.id")
     args = parser.parse_args(argv)
     ours = load(args.adapter)
-    llm: Any = ours.config.llm
+    model: Any = ours.model
+    config: Any = ours.config
+    if config.stage != "stage2":
+        raise SystemExit(f"{args.adapter} is of stage 1; expected stage 2, with a language model")
+    llm = config.llm
     prompt = ours.ask(args.question) if args.question else llm.prompt
     length = llm.vqa_max_new_tokens if args.question else llm.caption_max_new_tokens
-    for picture, embeds in zip(args.pictures, ours.prompt_embeds(args.pictures, prompt), strict=True):
+    rows = model.prompt_embeds(ours.encode(args.pictures), [prompt] * len(args.pictures))
+    for picture, embeds in zip(args.pictures, rows, strict=True):
         request = {"model": args.model or llm.id, "prompt_embeds": encode(embeds), "max_tokens": length}
         print(f"{picture}: {complete(args.url, request)}")
 

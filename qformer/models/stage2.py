@@ -113,8 +113,11 @@ class Stage2(Stage[PromptsAndTargets]):
             queries = self.adapter.qformer.query_tokens.shape[1]
             self.llm.require_lengths(queries, self.prompt, self.max_target_tokens, images=images)
 
+    @torch.no_grad()
     def prompt_embeds(self, features: Features, prompts: list[str], rows: Tensor | None = None) -> list[Tensor]:
         """What the language model reads of each row, float[L, Dl]: visual prompt and text, in a chat inside its template.
+
+        A server of that model alone is sent it.
 
         Args:
             features, prompts, rows: as of `visual_prompt`.
