@@ -393,7 +393,7 @@ def test_what_several_texts_begin_with_is_read_once(family, num_beams):
 def test_rows_without_anything_in_common_are_read_by_themselves():
     lm = build("opt")
     visual_prompt = visual_prompt_for(lm)
-    embeds, mask = lm._start(VisualRows.of(visual_prompt, None, 3, lm.width), [[]] * 3, PROMPT_ROWS)
+    embeds, mask = lm.start(VisualRows.of(visual_prompt, None, 3, lm.width), PROMPT_ROWS)
     assert SharedStart.of(embeds, mask, 4) is None
     assert SharedStart.of(embeds, mask, 0) is None
 

@@ -231,6 +231,7 @@ class FrozenLanguageModel(nn.Module, ABC):
             **self._special_ids,
             **settings,
         )
+        before = [self._before(prompt) for prompt in prompts]
         embeds, mask = self.start(visual, prompts)
         self._limits.require_positions(embeds.shape[1], max_new_tokens, "prompt and answer may take")
         # Not by the config: there, with rows from embeddings, padding shields the first new tokens from the penalty.
