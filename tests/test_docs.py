@@ -3,6 +3,7 @@
 A page in docs/ needs a line under `nav` in mkdocs.yml and one in docs/README.md; `make docs` builds the site of them.
 """
 
+import importlib.util
 import itertools
 import os
 import random
@@ -74,7 +75,7 @@ def options_of(script: str) -> set[str]:
     if not script.startswith("stages/"):
         return set(re.findall(r'"(--[\w-]+)"', (REPO / script).read_text())) | {"--help"}
     done = subprocess.run([sys.executable, REPO / script, "--help"], capture_output=True, text=True, timeout=60)
-    return set(re.findall(r"--[\w-]+", done.stdout))
+    return set(re.findall(r"--[\w-]+", done.stdout)) | {"--help"}
 
 
 def slugs(text: str) -> set[str]:
@@ -250,6 +251,17 @@ def test_links_to_definitions_lead_to_their_lines(site):
     for page in site.glob("*.html"):
         for target, line in re.findall(r'href="?([^"#> ]+)#(L-0-\d+)', page.read_text()):
             assert f'"{line}"' in (page.parent / target).read_text(), f"{page.name}: {target}#{line}"
+
+
+@each_page
+def test_names_that_a_page_links_to_a_file_are_defined_there(page):
+    """[`Class.method`](../qformer/file.py): the site leads to its line, so a name that moved fails here."""
+    pytest.importorskip("mkdocs", reason="the site needs the extra docs (mkdocs-material)")
+    spec = importlib.util.spec_from_file_location("hooks", REPO / "docs/hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    for name, path in re.findall(r"\[`([\w.]+)`\]\(([\w./]+\.py)\)", page.read_text()):
+        assert name in hooks.definitions((page.parent / path).resolve()), f"{page.name}: {path} defines no {name}"
 
 
 def test_docstrings_are_on_the_site(site):
