@@ -2,7 +2,7 @@
 
 python examples/photographs/journey.py --photos FLICKR8K                # at most three hours on two cores
 python examples/photographs/journey.py --photos FLICKR8K --steps small  # shows in 20 minutes that it works
-python examples/photographs/journey.py --photos FLICKR8K --rows stage2_only stage1_2 itg_2 pooled mlp    # every row
+python examples/photographs/journey.py --photos FLICKR8K --rows stage2_only stage1_2 pooled   # other rows
 
 FLICKR8K is a folder with train-*.tar and dev-*.tar (WebDataset), or with Karpathy's dataset_flickr8k.json and the images; other
 photographs are given by --train and --dev, as data.train takes them: tars, folders, record files, hub ids. It is stopped
@@ -24,7 +24,7 @@ from prepare import PACKAGES, PARTS
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all examples share
 from resumable import Experiment, Part
-from summary import conclude
+from summary import conclude, training_seconds
 
 from qformer.config import Stage1Config, Stage2Config, load_config, to_yaml
 from qformer.config.help import HelpFormatter
@@ -43,25 +43,29 @@ class Row:
     Args:
         stage1: the run of stage 1 it goes on from; None = from nothing.
         pooled: tokens of pooling.py in the Q-Former's place; "" = a Q-Former.
+        as_long: trains for as long as both stages of `MAIN` took, in place of as many steps.
     """
 
     title: str
     stage1: str | None = None
     pooled: str = ""
+    as_long: bool = False
 
 
 ROWS = {
     "stage2_only": Row("stage 2 only"),
     "stage1_2": Row("stage 1 + 2", "stage1"),
     "itg_2": Row("stage 1 by ITG alone, + 2", "stage1_itg"),
-    "pooled": Row("average pooling to 16 tokens + MLP", pooled="16"),
-    "mlp": Row("MLP on all tokens", pooled="null"),
+    "stage2_long": Row("stage 2 only, as long", as_long=True),
+    "pooled": Row("average pooling to 16 tokens + MLP, as long", pooled="16", as_long=True),
+    "mlp": Row("MLP on all tokens, as long", pooled="null", as_long=True),
 }
 MAIN = "stage1_2"  # the row that answers questions and that the report shows
 STAGE1_RUNS: dict[str, list[str]] = {
     "stage1": [],
     "stage1_itg": ["stage1.itc=0", "stage1.itm=0"],
 }  # and how each differs
+TIMED_STEPS = 10  # from which the steps of a row that trains `as_long` are reckoned
 MODES = {"text_only": "text-only", "oracle_caption": "oracle-caption", MAIN: "image"}  # of stages/evaluate.py
 
 
@@ -125,8 +129,8 @@ class Journey:
         command = [sys.executable, "stages/stage1.py", STAGE1, *self.stage1]
         return self._training(command, name, self.steps1, STAGE1_RUNS[name], root=Stage1Config)
 
-    def training2(self, name: str) -> Part:
-        """Stage 2 of one of `ROWS`."""
+    def training2(self, name: str, steps: int, run: str = "") -> Part:
+        """Stage 2 of one of `ROWS`, in the run of its name or in another."""
         row = ROWS[name]
         command = [sys.executable, "stages/stage2.py", STAGE2, *self.stage2]
         start = self.out / row.stage1 / "adapter" if row.stage1 else "null"
@@ -134,7 +138,12 @@ class Journey:
         if row.pooled:
             command[1:2] = [f"{HERE}/pooling.py", "train"]
             overrides = [f"pooled.tokens={row.pooled}"]
-        return self._training(command, name, self.steps2, overrides, root=Stage2Config)
+        return self._training(command, run or name, steps, overrides, root=Stage2Config)
+
+    def steps_as_long(self, name: str) -> int:
+        """Steps that a row makes in the time that both stages of `MAIN` took, by how fast its `TIMED_STEPS` were."""
+        seconds = sum(training_seconds(self.out / run) for run in ("stage1", MAIN))
+        return max(1, round(seconds / training_seconds(self.out / f"{name}_timed") * TIMED_STEPS))
 
     def captions(self, name: str) -> Part:
         """Caption held-out photographs by one of `ROWS`."""
@@ -192,6 +201,8 @@ def travel(journey: Journey, rows: Sequence[str], go_on: Sequence[str]) -> dict[
 
     Raises: ValueError when the folder was begun with other options; ConfigError when an override does not fit.
     """
+    if MAIN not in rows and any(ROWS[row].as_long for row in rows):
+        raise ValueError(f"--rows {' '.join(rows)}: some train for as long as {MAIN}; name it too")
     runs1 = dict.fromkeys(["stage1", *(stage1 for row in rows if (stage1 := ROWS[row].stage1))])
     parts = [*journey.models(), journey.features(), journey.questions()]
     parts += [journey.training1(name) for name in runs1]
@@ -199,8 +210,12 @@ def travel(journey: Journey, rows: Sequence[str], go_on: Sequence[str]) -> dict[
     with experiment:
         for part in [*parts, journey.retrieval()]:
             experiment.run(part)
-        for name in rows:
-            experiment.run(journey.training2(name))
+        for name in sorted(rows, key=lambda name: ROWS[name].as_long):
+            steps = journey.steps2
+            if ROWS[name].as_long:
+                experiment.run(journey.training2(name, TIMED_STEPS, f"{name}_timed"))
+                steps = journey.steps_as_long(name)
+            experiment.run(journey.training2(name, steps))
             experiment.run(journey.captions(name))
         for name in MODES if MAIN in rows else ():
             experiment.run(journey.answers(name))

@@ -60,8 +60,8 @@ def conclude(experiment: Experiment, journey: "Journey", rows: "Mapping[str, Row
 def _row(experiment: Experiment, journey: "Journey", name: str, row: "Row") -> dict[str, Any]:
     """A row of the table: scores of captions, validation losses by step, seconds, tokens that the language model reads."""
     captions = _read(journey.json_of("captions", name))
-    run, seconds = read_run(journey.out / name), experiment.part_seconds
-    stage1 = seconds.get(f"training {row.stage1}", 0.0) if row.stage1 else 0.0
+    run, spent = read_run(journey.out / name), experiment.part_seconds.get(f"captions {name}", 0.0)
+    stage1 = training_seconds(journey.out / row.stage1) if row.stage1 else 0.0
     manifest = json.loads((journey.out / "features" / "manifest.json").read_text())
     tokens = journey.config(Stage2Config).qformer.queries
     if row.pooled:
@@ -71,10 +71,20 @@ def _row(experiment: Experiment, journey: "Journey", name: str, row: "Row") -> d
         "captions": {key: captions["scores"][key] for key in captions["scores"]},
         "photographs": captions["n"],
         "validation_loss": {str(int(step)): loss for step, loss in run.points("validation_lm")},
-        "seconds": {"stage1": round(stage1, 1), "stage2": round(seconds.get(f"training {name}", 0.0), 1)},
-        "seconds_a_caption": round(seconds.get(f"captions {name}", 0.0) / max(1, captions["n"]), 3),
+        "steps": run.step,
+        "seconds": {"stage1": round(stage1, 1), "stage2": round(training_seconds(journey.out / name), 1)},
+        "seconds_a_caption": round(spent / max(1, captions["n"]), 3),
         "tokens": tokens,
     }
+
+
+def training_seconds(run_dir: Path) -> float:
+    """Seconds that a run has trained and validated for, over all interruptions, by what it logged."""
+    run, seconds, before = read_run(run_dir), 0.0, 0.0
+    for step, speed in run.points("samples_per_s"):
+        seconds += (step - before) * run.setting("train", "global_batch_size") / speed
+        before = step
+    return seconds
 
 
 def _tables(results: dict[str, Any], rows: "Mapping[str, Row]") -> dict[str, tuple[list[str], list[list[str]]]]:
