@@ -94,7 +94,9 @@ def synthesise(folder: Path, count: int = 200) -> tuple[Path, Path]:
         phase = 2 * np.pi * np.cumsum(hertz) / RATE
         tone = np.sin(phase) + rng.uniform(0, 0.5) * np.sin(2 * phase) + 0.05 * rng.standard_normal(len(phase))
         with wave.open(str(folder / f"{i:03d}.wav"), "wb") as file:
-            file.setnchannels(1), file.setsampwidth(2), file.setframerate(RATE)
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(RATE)
             file.writeframes((tone * 10_000).astype(np.int16).tobytes())
         captions[f"{i:03d}"] = f"a {pitch} tone that {way}"
     (folder / "captions.json").write_text(json.dumps(captions, indent=1))
