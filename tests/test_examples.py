@@ -56,6 +56,9 @@ def test_a_table_that_names_a_missing_picture_is_refused_in_words(tmp_path, monk
     (tmp_path / "a.csv").write_text("image,caption\ngone.jpg,a dog\n")
     with pytest.raises(SystemExit, match=r"1 of 1 images are not there, the first: .*gone\.jpg"):
         run("captions/train.py", [tmp_path, tmp_path / "a.csv", tmp_path / "out"], monkeypatch)
+    (tmp_path / "a.csv").write_text("image,caption\n")
+    with pytest.raises(SystemExit, match=r"a\.csv: 0 images; expected two or more"):
+        run("captions/train.py", [tmp_path, tmp_path / "a.csv", tmp_path / "out"], monkeypatch)
 
 
 def test_a_table_of_json_lines_is_read_like_one_of_commas(tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
 """Sound instead of pictures: log-mel frames are the features, and stage 1 learns which words a sound has.
 
-    python examples/audio/train.py WAVS CAPTIONS.json OUT [key=value ...]     # WAVS: a folder of .wav, 16 kHz, one channel
-    python examples/audio/train.py --toy OUT [key=value ...]                  # 200 synthesised tones: 40 s on one core
+    python examples/audio/train.py WAVS CAPTIONS.json OUT [key=value ...]     # WAVS: .wav files, 16 kHz, one channel
+    python examples/audio/train.py --toy OUT [key=value ...]       # 200 synthesised tones: 15 s of one core, 19 of 20
 
 CAPTIONS.json holds {"name without .wav": "caption" or ["caption", ...], ...}. A sound of s seconds becomes a file of
-float[25 s, 64], a frame every 40 ms; encoder.loader=features hands frames to the Q-Former under a mask, so that sounds of
-any length train together. A frozen audio encoder's outputs would come in the same way, and see more. The last tenth
+float[25 s, 64], a frame every 40 ms; encoder.loader=features hands frames to the Q-Former under a mask, so that sounds
+of any length train together. A frozen audio encoder's outputs would come in the same way, and see more. The last tenth
 is held out: the script ends with the share of those whose own caption is the likeliest of all (chance: 1 in 9).
 """
 

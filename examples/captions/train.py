@@ -18,8 +18,10 @@ from pathlib import Path
 import qformer
 from qformer.stages import stage1, stage2
 
-SMALL = ["train.max_steps=60", "train.global_batch_size=16", "train.micro_batch_size=16", "train.validate_every_steps=60",
-         "train.validation_records=32", "train.checkpoint_every_steps=60", "optim.warmup_steps=10", "data.workers=0"]  # fmt: skip
+SMALL = [
+    "train.max_steps=60", "train.global_batch_size=16", "train.micro_batch_size=16", "train.validate_every_steps=60",
+    "train.validation_records=32", "train.checkpoint_every_steps=60", "optim.warmup_steps=10", "data.workers=0",
+]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,6 +58,8 @@ def write_records(pictures: Path, table: Path, out: Path) -> list[str]:
         captions.setdefault(str((pictures / row["image"]).resolve()), []).append(row["caption"])
     if missing := [picture for picture in captions if not Path(picture).is_file()]:
         raise SystemExit(f"{table}: {len(missing)} of {len(captions)} images are not there, the first: {missing[0]}")
+    if len(captions) < 2:
+        raise SystemExit(f"{table}: {len(captions)} images; expected two or more, of which one in ten is held out")
     held_out = sorted(captions)[::10]
     for name, chosen in (("train", captions.keys() - set(held_out)), ("validation", held_out)):
         lines = (json.dumps({"image": picture, "caption": captions[picture]}) + "\n" for picture in sorted(chosen))

@@ -1,7 +1,7 @@
 """Your own language model with a chat template: pictures stand in the user's turn, answers are the assistant's.
 
-    python examples/chat/train.py LLM RECORDS.jsonl OUT [key=value ...]      # LLM: a folder or hub id, e.g. ...-Instruct
-    python examples/chat/train.py --toy OUT     # a Llama of random weights with a ChatML template, made on the fly: 10 s
+    python examples/chat/train.py LLM RECORDS.jsonl OUT [key=value ...]      # LLM: a folder or hub id
+    python examples/chat/train.py --toy OUT     # a random Llama with a ChatML template, made on the fly: 10 s
 
 All that a model asks for is `llm.id` and, for a chat, `llm.chat=true`; the template, the token that ends a turn and the
 width are read from its folder. The script prints a turn as the model gets it, trains stage 2, and holds a conversation.
@@ -19,9 +19,11 @@ CHATML = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {{ message['content'] }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-SMALL = ["train.max_steps=20", "train.global_batch_size=16", "train.micro_batch_size=16", "train.validate_every_steps=20",
-         "train.checkpoint_every_steps=20", "optim.warmup_steps=5", "data.workers=0", "data.validation=[]",
-         "llm.prompt=describe the picture", "llm.caption_max_new_tokens=12", "stage2.init_share=1"]  # fmt: skip
+SMALL = [
+    "train.max_steps=20", "train.global_batch_size=16", "train.micro_batch_size=16", "train.validate_every_steps=20",
+    "train.checkpoint_every_steps=20", "optim.warmup_steps=5", "data.workers=0", "data.validation=[]",
+    "llm.prompt=describe the picture", "llm.caption_max_new_tokens=12", "stage2.init_share=1",
+]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,17 +36,18 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("expected LLM RECORDS.jsonl OUT, or --toy OUT")
     out = Path(names[-1])
     llm, records = make_toy(out) if args.toy else (names[0], Path(names[1]))
-    stage2.main(["configs/shapes/stage2.yaml", f"llm.id={llm}", "llm.chat=true", f"data.train=[{records}]", *SMALL, *overrides,
-                 f"run.dir={out / 'run'}"])  # fmt: skip
+    model = [f"llm.id={llm}", "llm.chat=true"]
+    data = [f"data.train=[{records}]", f"run.dir={out / 'run'}"]
+    stage2.main(["configs/shapes/stage2.yaml", *model, *SMALL, *data, *overrides])
 
-    model = qformer.load(out / "run/adapter")
-    before, after = model.model.llm.chat.split(["what is red?"])
+    chatty = qformer.load(out / "run/adapter")
+    before, after = chatty.model.llm.chat.split(["what is red?"])
     print(f"a turn: {before}[the picture's visual prompt]{after}")
     picture = str(records.parent / json.loads(records.open().readline())["image"])
-    print("caption:", model.caption([picture])[0])
+    print("caption:", chatty.caption([picture])[0])
     history: list[tuple[str, str]] = []
     for question in ("what is red?", "where is it?"):
-        history.append((question, model.answer([picture], question, history=history)[0]))
+        history.append((question, chatty.answer([picture], question, history=history)[0]))
         print("question: {}\nanswer: {}".format(*history[-1]))
 
 
@@ -71,7 +74,8 @@ def make_toy(out: Path) -> tuple[str, Path]:
     tokenizer.save_pretrained(out / "llm")
     LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        initializer_range=0.1,
     )).save_pretrained(out / "llm")  # fmt: skip
     return str(out / "llm"), records
 

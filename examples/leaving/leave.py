@@ -1,6 +1,6 @@
 """Leave for transformers and vLLM: a trained adapter becomes a model of theirs that says the same.
 
-    python examples/leaving/leave.py ADAPTER PICTURE OUT       # of stage 2, with an encoder that Blip2VisionModel can be
+    python examples/leaving/leave.py ADAPTER PICTURE OUT       # of stage 2, with an encoder that fits Blip2VisionModel
     python examples/leaving/leave.py --toy OUT                 # a few steps on drawn pictures first: 15 s
 
 Writes OUT/blip2, loads it again with transformers alone, and compares the captions; prints
