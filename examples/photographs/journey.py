@@ -1,7 +1,7 @@
 """From photographs to captions, answers and a report, on three small pretrained models; every step is a command that it prints.
 
-python examples/photographs/journey.py --photos FLICKR8K                # at most three hours on two cores
-python examples/photographs/journey.py --photos FLICKR8K --steps small  # shows in 20 minutes that it works
+python examples/photographs/journey.py --photos FLICKR8K                # about two and a half hours on two cores
+python examples/photographs/journey.py --photos FLICKR8K --steps small  # about 20 minutes: shows that it works
 python examples/photographs/journey.py --photos FLICKR8K --rows stage2_only stage1_2 pooled   # other rows
 
 FLICKR8K is a folder with train-*.tar and dev-*.tar (WebDataset), or with Karpathy's dataset_flickr8k.json and the images; other
