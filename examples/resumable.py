@@ -55,6 +55,7 @@ class Experiment:
         owned: names in `out` that the experiment makes, and that a fresh start removes.
         resume: keep what is finished; otherwise start afresh.
         jobs: parts of `run_side_by_side` that run at the same time; they share the cores.
+        offline: everything is on disk, no hub is asked.
         go_on: script and arguments that go on after an interruption.
 
     Raises:
@@ -62,11 +63,12 @@ class Experiment:
     """
 
     def __init__(
-        self, out: Path, recipe: Any, *, owned: Sequence[str], resume: bool, go_on: Sequence[str], jobs: int = 1
-    ) -> None:
+        self, out: Path, recipe: Any, *, owned: Sequence[str], resume: bool, go_on: Sequence[str], jobs: int = 1,
+        offline: bool = True,
+    ) -> None:  # fmt: skip
         if not Path(STAGES).is_dir():
             raise ValueError(f"there is no folder {STAGES} here: start it in the root of the repository")
-        self.out, self.jobs = out, jobs
+        self.out, self.jobs, self.offline = out, jobs, offline
         self.go_on = shlex.join([_shown(sys.executable), *go_on])
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self._recipe = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(recipe).items()}
@@ -173,8 +175,8 @@ class Experiment:
                 continue
 
     def _spawn(self, command: list[str], log: Path | None) -> int:
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",  # everything is on disk: no hub is asked
+        environment = os.environ | ({"HF_HUB_OFFLINE": "1"} if self.offline else {})
+        environment |= {
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # of files and weights that load in a blink
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
             "TOKENIZERS_PARALLELISM": "false",

@@ -156,7 +156,19 @@ def test_photographs_that_are_not_there_end_it_with_what_is_expected(tmp_path, c
     with pytest.raises(SystemExit) as end:
         journey.main(["--photos", str(tmp_path)])
     assert end.value.code == 2
-    assert "expected train-*.tar and dev-*.tar, or dataset_flickr8k.json" in capsys.readouterr().err
+    assert "expected a folder with train-*.tar and dev-*.tar, or with dataset_flickr8k.json" in capsys.readouterr().err
+
+
+def test_photographs_come_from_tars_from_karpathys_file_or_from_the_hub(tmp_path):
+    assert journey.sources_of("someone/flickr8k") == (["someone/flickr8k:train"], ["someone/flickr8k:validation"])
+    file = tmp_path / "dataset_flickr8k.json"
+    file.touch()
+    assert journey.sources_of(str(tmp_path)) == ([f"{file}:train"], [f"{file}:val"])
+    for name in ("train-001.tar", "train-000.tar", "dev-000.tar"):
+        (tmp_path / name).touch()
+    train, dev = journey.sources_of(str(tmp_path))
+    assert [Path(source).name for source in train] == ["train-000.tar", "train-001.tar"]
+    assert [Path(source).name for source in dev] == ["dev-000.tar"]
 
 
 def test_the_same_recipe_takes_hub_ids_and_then_fetches_nothing(tmp_path):

@@ -14,6 +14,7 @@ With a network the frozen models come from the hub: write their ids in stage1.ya
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -206,7 +207,7 @@ def travel(journey: Journey, rows: Sequence[str], go_on: Sequence[str]) -> dict[
     runs1 = dict.fromkeys(["stage1", *(stage1 for row in rows if (stage1 := ROWS[row].stage1))])
     parts = [*journey.models(), journey.features(), journey.questions()]
     parts += [journey.training1(name) for name in runs1]
-    experiment = Experiment(journey.out, journey, owned=(), resume=True, go_on=go_on)
+    experiment = Experiment(journey.out, journey, owned=(), resume=True, go_on=go_on, offline=False)
     with experiment:
         for part in [*parts, journey.retrieval()]:
             experiment.run(part)
@@ -222,11 +223,14 @@ def travel(journey: Journey, rows: Sequence[str], go_on: Sequence[str]) -> dict[
         return conclude(experiment, journey, {name: ROWS[name] for name in rows})
 
 
-def sources_of(folder: Path) -> tuple[list[str], list[str]]:
-    """Training and held-out sources of a folder of photographs.
+def sources_of(photos: str) -> tuple[list[str], list[str]]:
+    """Training and held-out sources of a folder of photographs, or of a data set of the hub.
 
-    Raises: ValueError when it has neither tars nor Karpathy's file.
+    Raises: ValueError when the folder has neither tars nor Karpathy's file.
     """
+    folder = Path(photos).expanduser()
+    if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", photos):
+        return [f"{photos}:train"], [f"{photos}:validation"]
     tars = [[str(path) for path in sorted(folder.glob(f"{split}-*.tar"))] for split in ("train", "dev")]
     if all(tars):
         return tars[0], tars[1]
@@ -234,14 +238,14 @@ def sources_of(folder: Path) -> tuple[list[str], list[str]]:
     if file.is_file():
         return [f"{file}:train"], [f"{file}:val"]
     raise ValueError(
-        f"--photos {folder}: expected train-*.tar and dev-*.tar, or dataset_flickr8k.json, in it; other photographs are given by "
-        "--train and --dev"
+        f"--photos {photos}: expected a folder with train-*.tar and dev-*.tar, or with dataset_flickr8k.json, or a hub id; "
+        "other photographs are given by --train and --dev"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--photos", type=Path, help="folder of Flickr8k")
+    parser.add_argument("--photos", default=".", help="folder of Flickr8k, or hub id with splits train and validation")
     parser.add_argument("--train", nargs="+", default=[], help="captioned photographs to learn from")
     parser.add_argument("--dev", nargs="+", default=[], help="held-out ones, best with several captions each")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder for everything that is made ({OUT})")
@@ -258,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
     try:
-        train, dev = (args.train, args.dev) if args.train and args.dev else sources_of(args.photos or Path("."))
+        train, dev = (args.train, args.dev) if args.train and args.dev else sources_of(args.photos)
         steps1, steps2, records = STEPS[args.steps]
         journey = Journey(
             args.out, train, dev, args.steps1 or steps1, args.steps2 or steps2, args.records or records, args.candidates,
