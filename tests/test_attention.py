@@ -1,5 +1,9 @@
 """What the queries look at: probabilities and their gradients, grids of every kind of encoder, words, pictures of both."""
 
+import importlib
+import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +11,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_clips import write_clip
 from test_encoders import PICTURES, native
 from test_qformer import IMAGE_MASK, TEXT_MASK, B, build, draw
-from tiny import FEATURE_WIDTH, Tiny, run_stage
+from test_stages import stage_main
+from tiny import FEATURE_WIDTH, IMAGE_SIDE, Tiny, run_stage
 from torch import Tensor
 
 import qformer
+from qformer.attention import AttentionMaps
+from qformer.attention.picture import overlay
 from qformer.config import EncoderConfig
 from qformer.encoders import FrozenEncoder, load_encoder
 from qformer.inference import VisionLanguageModel
 from qformer.language.words import word_losses
 from qformer.layers import WatchedKV
 from qformer.qformer import ImageMemory
+from qformer.shapes import world
 from qformer.text import words_of
 
 MODELS = ("stage1", "opt", "t5", "instructed")
@@ -154,9 +163,9 @@ def scores(model: VisionLanguageModel, memory: ImageMemory) -> Tensor:
     stage, adapter = model.model, model.model.adapter
     if stage.name == "stage1":
         ids, mask = stage.tokenize([CAPTION])
-        without = torch.eye(ids.shape[1], dtype=torch.bool)[1:-1]  # a token is a word between [CLS] and [SEP]
-        rows = torch.cat([mask, mask & ~without])
-        logits = adapter.match([memory._replace(times=len(rows))], ids.expand(len(rows), -1), rows)
+        hidden = torch.eye(ids.shape[1], dtype=torch.bool)[1:-1]  # a token is a word between [CLS] and [SEP]
+        rows = torch.cat([ids, ids.masked_fill(hidden, stage.tokenizer.mask_token_id)])
+        logits = adapter.match([memory._replace(times=len(rows))], rows, mask.expand(len(rows), -1))
         return logits[:, 1] - logits[:, 0]
     output = adapter.qformer.query_pass(memory).output if stage.tokenizer is None else None
     if output is None:
@@ -311,3 +320,169 @@ def test_mistakes_name_what_to_give(models, pictures) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             wrong()
+
+
+# ---- the pointing game ----
+
+COLOUR_NAMES, PLACES = ("red", "green", "blue", "yellow"), (3, 4)
+
+
+def write_colours(folder: Path, count: int, seed: int) -> list[tuple[str, dict[str, int]]]:
+    """Feature files with two colours at two of twelve places, and records that name both; where each of them is."""
+    folder.mkdir()
+    rng, planted, lines = np.random.default_rng(seed), [], []
+    for i in range(count):
+        tokens = 0.3 * rng.standard_normal((12, FEATURE_WIDTH)).astype(np.float32)
+        colours, places = rng.permutation(4)[:2], rng.permutation(12)[:2]
+        tokens[places, colours] += 4
+        np.save(folder / f"{i}.npy", tokens)
+        names = [COLOUR_NAMES[colour] for colour in colours]
+        planted.append((str(folder / f"{i}.npy"), dict(zip(names, map(int, places), strict=True))))
+        lines.append(json.dumps({"image": f"{i}.npy", "caption": f"a {names[0]} dot , one {names[1]} square"}))
+    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
+    return planted
+
+
+def test_the_map_of_a_colour_points_at_its_place_once_that_was_learnt(tiny: Tiny, tmp_path: Path) -> None:
+    write_colours(tmp_path / "train", 256, seed=0)
+    held_out = write_colours(tmp_path / "held_out", 40, seed=1)
+    data = [*tiny.on_features(), f"data.train=[{tmp_path / 'train/records.jsonl'}]", "encoder.grid=[3,4]"]
+    learns = ["train.max_steps=100", "optim.lr=3e-3", "train.micro_batch_size=32", "train.global_batch_size=32"]
+    learns += ["qformer.dropout=0", "qformer.init_std=0.1", "qformer.layers=3", "train.log_every_steps=50"]
+    run_stage(1, tiny.stage1(tmp_path / "run", *data, *learns))
+    model, hits = qformer.load(tmp_path / "run", "cpu"), []
+    for file, places in held_out:
+        look = model.attention(file, " , ".join(f"a {name} dot" for name in places))
+        hits += [int(look.of_words()[look.words.index(name)].argmax()) == place for name, place in places.items()]
+    assert len(hits) == 80
+    assert sum(hits) / len(hits) > 0.6, "by chance it is 1 / 12"
+
+
+def test_boxes_are_drawn_around_their_shapes_and_change_no_picture() -> None:
+    rng, same = random.Random(4), random.Random(4)
+    for _ in range(30):
+        scene = world.draw_scene(rng, 1)
+        assert world.draw_scene(same, 1) == scene
+        image, [box] = world.render_with_boxes(scene, rng)
+        assert image.tobytes() == world.render(scene, same).tobytes()
+        pixels = np.asarray(image, np.float32)
+        rows, columns = np.nonzero(np.abs(pixels - world.COLOURS[scene[0].colour]).max(-1) < 25)
+        drawn = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert np.abs(np.array(drawn) - box).max() < 2.6, (scene, drawn, box)
+
+
+class Pointer:
+    """Stands for a model: its maps are brightest at the item whose word is asked for, or at another one."""
+
+    def __init__(self, right: bool, of: list) -> None:
+        self.right, self.of = right, {picture.image.tobytes(): picture for picture in of}
+        self.model = type("Stage", (), {"name": "stage2"})
+
+    def attention(self, image: Image.Image, text: str, question: str | None = None) -> AttentionMaps:
+        picture, side = self.of[image.tobytes()], world.IMAGE_SIDE
+        words, word_maps = text.split(), torch.zeros(len(text.split()), 2, side, side)
+        for kind in ("colour", "shape"):
+            for i, item in enumerate(picture.scene):
+                if getattr(item, kind) in words:
+                    left, top, right, bottom = picture.boxes[i if self.right else i - 1]
+                    word_maps[words.index(getattr(item, kind)), :, int(top + bottom) // 2, int(left + right) // 2] = 1
+        return AttentionMaps(torch.ones(2, 1, 3, side, side), torch.zeros(2, 1, 3), [0, 2], words, word_maps)
+
+
+def test_the_pointing_game_counts_hits_misses_and_chance(monkeypatch, capsys, tmp_path: Path) -> None:
+    pointing = importlib.import_module("pointing")  # of examples/shapes
+    pictures = list(pointing.draw_pictures(60, "validation"))
+    assert all(world.held_out(picture.scene) for picture in pictures)
+    played = {right: pointing.play(Pointer(right, pictures), pictures) for right in (True, False)}
+    maps = ("all layers", "layer 0", "layer 2", "attention alone")
+    assert set(played[True]) == {
+        (text, kind, m) for text in ("caption", "answer") for kind in pointing.KINDS for m in maps
+    }
+    for right, games in played.items():
+        for (text, _, which), points in games.items():
+            assert len(points) == 60 if text == "caption" else 20 < len(points) <= 60
+            if which != "attention alone":
+                assert all(point.hit is right and point.other is not right for point in points)
+            assert all(0.01 < point.area < 0.15 for point in points)
+    monkeypatch.setattr(qformer, "load", lambda adapter: Pointer(adapter == "right", pictures))
+    pointing.main(["right", "wrong", "--pictures", "60", "--out", str(tmp_path / "rows.json")])
+    rows = [row for row in json.loads((tmp_path / "rows.json").read_text()) if row["map"] == "all layers"]
+    assert {(row["adapter"], row["hit"], row["another"]) for row in rows} == {("right", 100, 0), ("wrong", 0, 100)}
+    assert all(3 < row["chance"] < 8 for row in rows)
+    assert "all layers         100.0 +- 0.0" in capsys.readouterr().out
+
+
+# ---- pictures, and the command ----
+
+
+def test_an_overlay_is_bright_where_the_map_is_and_keeps_the_shape_of_the_image() -> None:
+    heat = torch.zeros(3, 4)
+    heat[0, 3] = 1
+    for image in (Image.new("RGB", (400, 100), "#777777"), Image.new("L", (4, 3), 128), None):
+        lit = np.asarray(overlay(image, heat, side=120).convert("L"), np.float32)
+        assert lit.shape == ((30, 120) if image is not None and image.width == 400 else (90, 120))
+        rows, columns = np.array_split(lit, 3, 0), np.array_split(lit, 4, 1)
+        assert max(range(3), key=lambda i: rows[i].mean()) == 0
+        assert max(range(4), key=lambda i: columns[i].mean()) == 3
+    assert overlay(None, torch.zeros(2, 2)).getextrema()  # nothing anywhere is no division by zero
+
+
+@pytest.fixture
+def look(models, monkeypatch) -> Any:
+    """The command, with the models that are loaded already by their names."""
+    import qformer.inference
+
+    loaded = qformer.inference.load
+    monkeypatch.setattr(qformer.inference, "load", lambda name, device: models.get(name) or loaded(name, device))
+    return stage_main("look")
+
+
+def test_the_command_draws_every_word_and_every_query(look, pictures, tmp_path: Path, capsys) -> None:
+    out, maps = tmp_path / "map.png", tmp_path / "maps.npz"
+    look(["stage1", pictures[0], CAPTION, "--out", str(out), "--maps", str(maps)])
+    assert re.fullmatch(r"\S+map\.png: 6 words, 4 queries, overlap 0\.\d\d\n", capsys.readouterr().out)
+    kept, expected = np.load(maps), np.asarray(Image.open(out))
+    assert set(kept) == {"maps", "beside", "layers", "words", "word_maps"}
+    assert kept["maps"].shape == (2, HEADS, QUERIES, *GRID)
+    assert list(kept["words"]) == CAPTION.split()
+    for more in (["--layer", "2"], ["--heads", "max"], ["--also", pictures[1]]):
+        look(["stage1", pictures[0], CAPTION, "--out", str(out), *more])
+        drawn = np.asarray(Image.open(out))
+        assert drawn.shape[0] > expected.shape[0] if more[0] == "--also" else not np.array_equal(drawn, expected)
+    for arguments in (["opt", pictures[0]], ["t5", pictures[0], "--question", QUESTION], ["stage1", pictures[0]]):
+        look([*arguments, "--out", str(tmp_path / f"{arguments[0]}.jpg")])
+        assert Image.open(tmp_path / f"{arguments[0]}.jpg").width >= 640
+
+
+def test_the_command_draws_a_clip_frame_by_frame_and_features_without_an_image(look, tiny, tmp_path, capsys) -> None:
+    frames = [Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), colour) for colour in ("red", "blue")]
+    write_clip(tmp_path / "clip.mp4", frames)
+    look(["opt", str(tmp_path / "clip.mp4"), "a red square", "--out", str(tmp_path / "clip.png")])
+    on_features(tiny, tmp_path / "run", "encoder.grid=[1,3]")
+    file = str(tiny.features.parent / "00.npy")
+    look([str(tmp_path / "run"), file, CAPTION, "--device", "cpu", "--out", str(tmp_path / "features.png")])
+    assert (tmp_path / "clip.png").is_file()
+    assert (tmp_path / "features.png").is_file()
+
+
+def test_mistakes_at_the_command_are_one_line(look, pictures, tmp_path, capsys) -> None:
+    out = ["--out", str(tmp_path / "map.png")]
+    for arguments, message in [
+        (["stage1", "absent.png", *out], "no image absent.png"),
+        (
+            ["stage1", pictures[0], "--out", str(tmp_path / "map.gif")],
+            "--out .*map.gif: expected a file that ends with",
+        ),
+        (["stage1", pictures[0], "--out", str(tmp_path / "no/map.png")], "in a folder that is there"),
+        (["stage1", pictures[0], *out, "--maps", "maps.json"], r"--maps maps.json: expected .*\.npz"),
+        (["stage1", pictures[0], *out, "--layer", "1"], r"layer=1: expected one of \[0, 2\]"),
+        (["stage1", pictures[0], "red", *out, "--question", "what?"], "question needs a stage-2 adapter"),
+        (["opt", str(tmp_path), *out], "no image"),
+        (["opt", __file__, *out], "test_attention.py"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            look(arguments)
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(message, line), line
+    assert not list(tmp_path.glob("*"))

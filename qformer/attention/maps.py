@@ -11,13 +11,16 @@ image themselves; here queries do, and a word's map comes from the word's part i
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qformer.encoders import Features, FrozenEncoder
+from qformer.files import atomic_file
 from qformer.language.frozen import Prompt
 from qformer.language.words import word_losses
 from qformer.layers import WatchedKV
@@ -73,6 +76,12 @@ class AttentionMaps(NamedTuple):
         pairs = len(maps) * (len(maps) - 1)
         return float((maps.sum(0).square().sum() - len(maps)) / pairs) if pairs else 1.0
 
+    def save(self, path: Path) -> None:
+        """Write everything as one .npz file, under the names that it has here."""
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in self._asdict().items()}
+        with atomic_file(path) as scratch, scratch.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
     def _of_layer(self, maps: Tensor, layer: int | None) -> Tensor:
         if layer is None:
             return maps.mean(0)
@@ -84,52 +93,52 @@ class AttentionMaps(NamedTuple):
 
 
 @torch.enable_grad()
-def attention_of_match(model: Stage1, features: Features, rows: Tensor, text: str | None) -> AttentionMaps:
+def attention_of_match(model: Stage1, features: Features, images: Tensor, text: str | None) -> AttentionMaps:
     """Where stage 1's queries look: alone, or beside a text that they are matched with, and what speaks for its words.
 
-    What a word adds is known by leaving it out: the gradient of the match (the logit of match minus that of no match) with
-    the word, minus the gradient without it.
+    What a word adds is known by hiding it behind [MASK]: the gradient of the match (the logit of match minus that of no
+    match) with the word, minus the gradient without it.
 
     Args:
         features: of the images that differ, float[B, N, Dv].
-        rows: int64[K], the images that are read side by side.
+        images: int64[K], those that are read side by side.
 
     Raises: ValueError when the encoder has no grid, or an image fewer tokens than it.
     """
-    adapter, place = model.adapter, _Places.of(model.encoder, features, rows)
-    memory = _watch(adapter.qformer, features.side_by_side(rows[None]), adapter.feature_norm)
+    adapter, place = model.adapter, _Places.of(model.encoder, features, images)
+    memory = _watch(adapter.qformer, features.side_by_side(images[None]), adapter.feature_norm)
     if text is None:
         adapter.qformer.query_pass(memory)
         return place.lay_out(adapter.qformer, torch.stack(_looks(memory))[:, 0])
     ids, mask = model.tokenize([text])
     words, word_of = words_of(model.tokenizer, ids[0].tolist())
-    left_out = torch.arange(-1, len(words))[:, None] == torch.tensor(word_of)  # none, then each
-    left_out[0] = False
-    logits = adapter.match(
-        [memory._replace(times=len(left_out))], ids.expand(len(left_out), -1), mask & ~left_out.to(mask.device)
-    )
+    hidden = torch.arange(-1, len(words))[:, None] == torch.tensor(word_of)  # no word, then each
+    hidden[0] = False
+    blank = model.tokenizer.unk_token_id if model.tokenizer.mask_token_id is None else model.tokenizer.mask_token_id
+    rows = ids.expand(len(hidden), -1).masked_fill(hidden.to(ids.device), blank)
+    logits = adapter.match([memory._replace(times=len(rows))], rows, mask.expand(len(rows), -1))
     looks = _looks(memory)
     gradients = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), looks)
-    look, gradient = (torch.cat(x).unflatten(2, (len(left_out), -1)).transpose(1, 2) for x in (looks, gradients))
+    look, gradient = (torch.cat(x).unflatten(2, (len(rows), -1)).transpose(1, 2) for x in (looks, gradients))
     return place.lay_out(adapter.qformer, look[:, 0], words, list((gradient[:, :1] - gradient[:, 1:]).unbind(1)))
 
 
 @torch.enable_grad()
 def attention_of_text(
-    model: Stage2, features: Features, rows: Tensor, *, prompt: Prompt, text: str | None
+    model: Stage2, features: Features, images: Tensor, *, prompt: Prompt, text: str | None
 ) -> AttentionMaps:  # fmt: skip
     """Where stage 2's queries look, and what speaks for each word of a text that the language model writes after `prompt`:
     the gradient of the log of its probability behind the words before it.
 
     Args:
         features: of the images that differ, float[B, N, Dv].
-        rows: int64[K], the images whose visual prompts stand one after the other.
+        images: int64[K], those whose visual prompts stand one after the other.
         prompt: read by an instructed Q-Former too.
 
     Raises: ValueError as `attention_of_match` does, or as `FrozenLanguageModel.loss`.
     """
-    adapter, place = model.adapter, _Places.of(model.encoder, features, rows)
-    memory = _watch(adapter.qformer, features.side_by_side(rows[:, None]), adapter.feature_norm)
+    adapter, place = model.adapter, _Places.of(model.encoder, features, images)
+    memory = _watch(adapter.qformer, features.side_by_side(images[:, None]), adapter.feature_norm)
     if model.tokenizer is None:
         output = adapter.qformer.query_pass(memory).output
     else:
@@ -153,7 +162,7 @@ class _Places(NamedTuple):
     each: int  # with padding
 
     @classmethod
-    def of(cls, encoder: FrozenEncoder, features: Features, rows: Tensor) -> "_Places":
+    def of(cls, encoder: FrozenEncoder, features: Features, images: Tensor) -> "_Places":
         if encoder.grid is None:
             raise ValueError(
                 "encoder.grid=[]: where the tokens of these features lie is not known; set it in the adapter's "
@@ -161,7 +170,7 @@ class _Places(NamedTuple):
             )
         each = features.tokens.shape[1] if encoder.num_tokens is None else encoder.num_tokens
         real = features.tokens.new_ones(features.tokens.shape[:2]) if features.mask is None else features.mask
-        tokens = real[rows].reshape(-1, each).sum(1).int().tolist()
+        tokens = real[images].reshape(-1, each).sum(1).int().tolist()
         if min(tokens) < math.prod(encoder.grid):
             raise ValueError(
                 f"{min(tokens)} tokens of an image are fewer than the places of encoder.grid={[*encoder.grid]}"

@@ -73,6 +73,9 @@ def draw_split(rng: random.Random, validation: bool, n_items: int | None = None)
     return scene
 
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of a 64-pixel picture
+
+
 def render(
     scene: Scene, rng: random.Random, at: Mapping[Item, tuple[float, float]] | None = None
 ) -> Image.Image:  # fmt: skip
@@ -81,6 +84,13 @@ def render(
     Args:
         at: centres of items that are on their way, instead of their places'.
     """
+    return render_with_boxes(scene, rng, at)[0]
+
+
+def render_with_boxes(
+    scene: Scene, rng: random.Random, at: Mapping[Item, tuple[float, float]] | None = None
+) -> tuple[Image.Image, list[Box]]:  # fmt: skip
+    """`render`, and the box around each item of the scene."""
     at = at or {}
     up = 3  # supersampling
     side = IMAGE_SIDE * up
@@ -88,18 +98,26 @@ def render(
     grade = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((side, side))
     picture = Image.composite(Image.new("RGB", (side, side), low), Image.new("RGB", (side, side), high), grade)
     pen = ImageDraw.Draw(picture)
+    boxes = []
     for item in scene:
         x, y = (up * (c + rng.uniform(-3, 3)) for c in at.get(item, item.xy))
         r = up * SIZES[item.size] * rng.uniform(0.9, 1.1)
         fill = tuple(max(0, min(255, c + rng.randint(-15, 15))) for c in COLOURS[item.colour])
+        if item.shape == "square":
+            box = (x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r)
+        elif item.shape == "triangle":
+            box = (x - r, y - r, x + r, y + 0.9 * r)
+        else:
+            box = (x - r, y - r, x + r, y + r)
+        boxes.append((box[0] / up, box[1] / up, box[2] / up, box[3] / up))
         if item.shape == "circle":
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+            pen.ellipse(box, fill=fill)
         elif item.shape == "square":
-            pen.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=fill)
+            pen.rectangle(box, fill=fill)
         elif item.shape == "triangle":
             pen.polygon([(x, y - r), (x - r, y + 0.9 * r), (x + r, y + 0.9 * r)], fill=fill)
         else:
             w = 0.33 * r
             pen.rectangle((x - r, y - w, x + r, y + w), fill=fill)
             pen.rectangle((x - w, y - r, x + w, y + r), fill=fill)
-    return picture.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS)
+    return picture.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS), boxes
