@@ -119,8 +119,8 @@ def start_accelerator(config: "RunPart") -> "Accelerator":
     available = {str(tracker.value) for tracker in get_available_trackers()}
     if missing := set(config.run.trackers) - available:
         raise ValueError(
-            f"run.trackers: {', '.join(sorted(missing))} cannot be imported here; install it, or choose among "
-            f"{', '.join(sorted(available)) or 'none'}"
+            f"run.trackers: {', '.join(sorted(missing))} cannot be imported here; pip install "
+            f"'qformer[{','.join(sorted(missing))}]', or choose among {', '.join(sorted(available)) or 'none'}"
         )
     die_with_launcher()
     take_over_sharding()

@@ -1,7 +1,10 @@
 """stages/report.py: one file that shows runs as they are, whole or half written, new or old, and mistakes in one line."""
 
+import importlib.util
 import json
 import re
+import socket
+import sqlite3
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -111,7 +114,7 @@ def test_two_runs_stand_over_each_other_with_what_differs(tmp_path):
     page = page_of(a, b)
     assert "a/s1" in page
     assert "b/s1, held-out" in page
-    assert page.count('aria-label="image-text contrast (itc), nats, over training"') == 1
+    assert page.count('aria-label="image-text contrast (itc), nats, over steps"') == 1
     (losses,) = re.findall(r"<h2>Losses</h2>.*?<h2>", page, re.S)
     assert losses.count("<polyline") == 2
     assert losses.count('class="chance"') == 1  # of both
@@ -140,7 +143,7 @@ def test_values_that_are_not_finite_are_gaps_that_are_counted(tmp_path):
 def test_a_line_that_is_being_written_is_left_out_and_a_broken_one_named(tmp_path, capsys):
     run = leave(tmp_path / "run", STAGE1, end='{"step": 30, "itc": 2.')
     assert read_run(run).step == 20
-    assert "last line" in page_of(run)
+    assert ">last line<" in page_of(run)
     bad = leave(tmp_path / "bad", [], end='{"step": 1}\n{"st\n{"step": 3}\n')
     assert f"{bad / 'metrics.jsonl'}, line 2: expected a JSON object with 'step'" in refused(
         "report", [str(bad)], capsys
@@ -164,7 +167,7 @@ def test_a_run_of_an_older_version_is_shown_with_what_it_has(tmp_path):
     )
     page = page_of(old)
     assert "kept no image_id" in page
-    assert "no warnings were kept" in page
+    assert "of a version that kept no warnings" in page
 
 
 def test_captions_and_names_cannot_break_out(tmp_path):
@@ -221,6 +224,23 @@ def test_every_key_of_a_run_is_shown_somewhere(speaking):
     text = (speaking / "all.html").read_text()
     assert {"lm", "validation_lm", "samples_per_s", "memory_bytes", "lr"} <= set(run.metrics())
     assert text.count("<svg") >= len({k.removeprefix("validation_") for k in run.metrics()} - hidden)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_a_tracker_gets_the_metrics_and_asks_no_network(tracker, tiny, tmp_path, monkeypatch):
+    if importlib.util.find_spec(tracker) is None:
+        pytest.skip(f"pip install 'qformer[{tracker}]'")
+    asked: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **more: asked.append(address))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run_stage(1, tiny.stage1(tmp_path / "run", "train.max_steps=2", f"run.trackers=[{tracker}]", "data.validation=[]"))
+    assert not asked
+    if tracker == "trackio":
+        with sqlite3.connect(tmp_path / "trackio" / "run.db") as database:
+            assert [step for (step,) in database.execute("select step from metrics order by step")] == [1, 2]
+    else:
+        assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
 def test_help_needs_no_torch():

@@ -18,7 +18,7 @@ class RunConfig:
     """Where a run leaves what it makes, and who else hears of it."""
 
     dir: str = _doc(MISSING, "folder of this run: config, metrics, checkpoints, adapter")
-    trackers: list[str] = _doc([], "accelerate trackers that mirror metrics.jsonl, e.g. [tensorboard, wandb]")
+    trackers: list[str] = _doc([], "accelerate trackers that mirror metrics.jsonl, e.g. [tensorboard, trackio, wandb]")
 
 
 @dataclass

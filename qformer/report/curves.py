@@ -65,7 +65,7 @@ def chart(label: str, unit: str, series: Sequence[Series], *, chance: Sequence[f
         drawn += _line(frame, s)
     return Html(
         f"<figure><figcaption>{markup(titled)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{titled}, over training")}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{titled}, over steps")}">'
         f'{"".join(drawn)}</svg><div class="key">{"".join(map(_legend, shown))}</div></figure>\n'
     )
 
@@ -103,30 +103,33 @@ def _frame(points: Sequence[Point], chance: Sequence[float], log: bool) -> _Fram
     return _Frame(min(0.0, *steps), max(steps), low if low == 0 else low - margin, high + margin, False)
 
 
-def _ticks(frame: _Frame) -> list[float]:
-    """Three to six round values between the ends of the axis of values."""
-    if frame.log:
-        powers = range(round(math.log10(frame.low)), math.floor(math.log10(frame.high)) + 1)
-        return [10.0**power for power in powers[:: -(-len(powers) // 6)]]
-    rough = (frame.high - frame.low) / 4
-    size = 10 ** math.floor(math.log10(rough))
-    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= rough)
-    return [step * i for i in range(math.ceil(frame.low / step - 1e-9), math.floor(frame.high / step + 1e-9) + 1)]
+def _ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
+    """Up to `most` or one more round values from low to high, each as it is written."""
+    rough = (high - low) / most
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= rough * 0.999)
+    places = max(0, -math.floor(math.log10(step)) + (round(step / 10.0 ** math.floor(math.log10(step)), 3) == 2.5))
+    values = [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [(v, f"{v:.{places}f}" if step >= 1e-4 and abs(v) < 1e4 else number(v)) for v in values]
+
+
+def _powers(frame: _Frame) -> list[tuple[float, str]]:
+    powers = range(round(math.log10(frame.low)), math.floor(math.log10(frame.high)) + 1)
+    return [(10.0**power, number(10.0**power)) for power in powers[:: -(-len(powers) // 6)]]
 
 
 def _axes(frame: _Frame) -> list[str]:
     drawn = []
-    for value in _ticks(frame):
+    for value, text in _powers(frame) if frame.log else _ticks(frame.low, frame.high, 4):
         y = frame.y(value)
         drawn.append(f'<path class="ruled" d="M{LEFT},{y:.1f}H{RIGHT}"/>')
-        drawn.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        drawn.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     drawn.append(f'<path class="axis" d="M{LEFT},{TOP}V{BOTTOM}H{RIGHT}"/>')
-    middle = (frame.first + frame.last) / 2
-    for step, anchor in ((frame.first, "start"), (middle, "middle"), (frame.last, "end")):
-        unit = " steps" if anchor == "end" else ""
-        drawn.append(
-            f'<text x="{frame.x(step):.1f}" y="{BOTTOM + 16}" text-anchor="{anchor}">{number(step)}{unit}</text>'
-        )
+    for step, text in _ticks(frame.first, max(frame.last, frame.first + 1), 4):
+        x = frame.x(step)
+        anchor = "end" if x > RIGHT - 12 else "middle"
+        drawn.append(f'<path class="axis" d="M{x:.1f},{BOTTOM}v3"/>')
+        drawn.append(f'<text x="{x:.1f}" y="{BOTTOM + 16}" text-anchor="{anchor}">{text}</text>')
     return drawn
 
 

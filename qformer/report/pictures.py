@@ -19,21 +19,21 @@ def held_out_pictures(config: Mapping[str, Any], image_ids: Set[str]) -> tuple[d
     """
     data = config.get("data") or {}
     if not data.get("validation"):
-        return {}, "The run's config names no validation records, so their images are not shown."
+        return {}, "the config names no validation records, so their images are not shown."
     beside = [*(data.get("train") or ()), *data["validation"]]
     try:
         records = read_records(data["validation"], data.get("root"), key="data.validation", beside=beside)
         wanted = _places(records, image_ids)
     except (ValueError, OSError) as error:
-        return {}, f"The images are not shown: {one_line(error)}"
+        return {}, f"the images are not shown: {one_line(error)}"
     shown, problem = {}, ""
     for image_id, place in wanted.items():
         try:
             shown[image_id] = _small(records[place].each_image()[0])
         except ValueError as error:
-            problem = f"Some images are not shown: {one_line(error)}"
+            problem = f"some images are not shown: {one_line(error)}"
     if not problem and len(shown) < len(image_ids):
-        problem = "Some images are not among the records that data.validation names now, and are not shown."
+        problem = "some images are not among the records that data.validation names now, and are not shown."
     return shown, problem
 
 

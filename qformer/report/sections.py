@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from qformer.files import METRICS_FILE
 from qformer.report.curves import Series, chart, curves, number
-from qformer.report.page import Card, Html, Page, folded, gallery, heading, joined, quiet, strong, table
+from qformer.report.page import Card, Html, Page, folded, gallery, joined, quiet, soft, strong, table
 from qformer.report.run import Run, differences
 
 MOST_WARNINGS = 40  # of a run that are shown; the last ones
@@ -67,8 +67,8 @@ SPEED = [
     _one("tokens_per_s", "speed in text tokens", "tokens/s"),
     _one("data_wait", "share of the time that waits for data"),
     _one("memory_bytes", "memory of the main process", "GB", scale=1e-9),
-    _one("dropped", "broken records met", "records"),
 ]
+DROPPED = _one("dropped", "broken records met")  # drawn where there are any
 
 CONSTANTS = ("itc_negatives",)  # in every line, but no curves
 TEXTS_NOTE = "What the model wrote of held-out images at each validation, below the image's own caption."
@@ -78,7 +78,7 @@ def add_runs(page: Page, runs: Sequence[Run]) -> None:
     """Add all sections about runs; with several they stand over each other in every chart."""
     page.add("Runs" if len(runs) > 1 else "The run", facts(runs))
     add_curves(page, runs)
-    page.add("Texts over time", *(texts(run, titled=len(runs) > 1) for run in runs), note=TEXTS_NOTE)
+    page.add("Texts over time", texts(runs), note=TEXTS_NOTE)
     page.add("Warnings", *(warnings(run) for run in runs))
     if len(runs) > 1:
         page.add("Where the configs differ", config_differences(runs))
@@ -87,16 +87,15 @@ def add_runs(page: Page, runs: Sequence[Run]) -> None:
 
 def add_curves(page: Page, runs: Sequence[Run]) -> None:
     """Add the curves: losses against chance, other measures, learning rate and gradient, speed and memory."""
-    held = (
-        " Dots are held-out records." if any(k.startswith("validation_") for run in runs for k in run.metrics()) else ""
-    )
-    page.add(
-        "Losses", draw(LOSSES, runs),
-        note=f"Over optimizer steps.{held} The dashed line is chance: the loss of a model that has learnt nothing.",
-    )  # fmt: skip
+    keys = {key for run in runs for key in run.metrics()}
+    held = " Dots are held-out records." if any(key.startswith("validation_") for key in keys) else ""
+    chance = " The dashed line is chance: the loss of a model that has learnt nothing."
+    note = f"Over optimizer steps.{held}{chance if any(key.endswith('_chance') for key in keys) else ''}"
+    page.add("Losses", draw(LOSSES, runs), note=note)
     page.add("Measures", draw([*MEASURES, *_others(runs)], runs))
     page.add("Learning rate and gradient", draw(OPTIMISER, runs), _gradient_by_part(runs))
-    page.add("Speed and memory", draw(SPEED, runs))
+    dropped = [DROPPED] if any(value for run in runs for _, value in run.points("dropped")) else []
+    page.add("Speed and memory", draw([*SPEED, *dropped], runs))
 
 
 def draw(plots: Iterable[Plot], runs: Sequence[Run]) -> Html:
@@ -117,9 +116,10 @@ def facts(runs: Sequence[Run]) -> Html:
     rows: list[tuple[str, Callable[[Run], object]]] = [
         ("stage", lambda run: run.config.get("stage")),
         ("step", _progress),
+        ("last line", _last_written),
         *((name.replace("validation_", "held-out "), partial(_last, key=name)) for name in names),
         ("records/s, median", lambda run: _of(run, "samples_per_s", median)),
-        ("memory at most", lambda run: _of(run, "memory_bytes", max, "B")),
+        ("memory at most, GB", lambda run: _of(run, "memory_bytes", max, 1e-9)),
         ("broken records", lambda run: _of(run, "dropped", max)),
         ("warnings", lambda run: None if run.warnings is None else str(len(_warned(run)))),
     ]
@@ -127,33 +127,39 @@ def facts(runs: Sequence[Run]) -> Html:
     return table(["", *(run.name for run in runs)], [row for row in cells if any(row[1:])])
 
 
-def texts(run: Run, *, titled: bool) -> Html:
-    """What the run wrote at each validation, image by image; empty where it wrote nothing."""
-    written: dict[tuple[str, str], dict[str, Any]] = {}
-    samples = [{"step": line["step"], **sample} for line in run.lines for sample in line.get("captions") or ()]
-    for sample in samples:
-        key = (sample.get("image_id", sample["caption"]), sample.get("prompt") or "")
-        entry = written.setdefault(key, {"caption": sample["caption"], "steps": []})
-        entry["steps"].append((sample["step"], sample["generated"]))
-    if not written:
-        return Html("")
-    pictures, problem = _pictures(run, {line["image_id"] for line in samples if "image_id" in line})
-    cards = []
-    for (image_id, prompt), entry in written.items():
-        lines: list[str] = [entry["caption"], *([quiet(prompt)] if prompt else [])]
-        lines += [joined([quiet(f"step {step}: "), generated or "(nothing)"]) for step, generated in entry["steps"]]
-        cards.append(Card(pictures.get(image_id), [strong(lines[0]), *lines[1:]], alt="a held-out image"))
-    name = heading(run.name) if titled else Html("")
-    return joined([name, gallery(cards, "17rem"), quiet(problem) if problem else ""])
+def texts(runs: Sequence[Run]) -> Html:
+    """What the runs wrote at each validation, a card an image; empty where they wrote nothing."""
+    cards: dict[tuple[str, str, str], list[str]] = {}
+    pictures: dict[str, str] = {}
+    problems = []
+    for run in runs:
+        samples = [{"step": line["step"], **sample} for line in run.lines for sample in line.get("captions") or ()]
+        for sample in samples:
+            key = (sample.get("image_id", ""), sample["caption"], sample.get("prompt") or "")
+            when = f"{run.name}, step {sample['step']}: " if len(runs) > 1 else f"step {sample['step']}: "
+            cards.setdefault(key, []).append(joined([quiet(when), sample["generated"] or "(nothing)"]))
+        if samples:
+            shown, problem = _pictures(run, {s["image_id"] for s in samples if "image_id" in s} - pictures.keys())
+            pictures |= shown
+            problems += [soft(f"{run.name}: {problem}")] if problem else []
+    alt = "a held-out image"
+    drawn = gallery(
+        (
+            Card(pictures.get(image_id), [strong(caption), *([quiet(prompt)] if prompt else []), *lines], alt=alt)
+            for (image_id, caption, prompt), lines in cards.items()
+        ),
+        "17rem",
+    )
+    return joined([drawn, *problems])
 
 
 def warnings(run: Run) -> Html:
     """What the run warned of, the last `MOST_WARNINGS`; one line where it did not, or kept none."""
     if run.warnings is None:
-        return quiet(f"{run.name}: no warnings were kept, as before version 0.9.") if run.folder else Html("")
+        return soft(f"{run.name}: of a version that kept no warnings.") if run.folder else Html("")
     warned = _warned(run)
     if not warned:
-        return joined([quiet(f"{run.name}: none."), Html("<br>\n")])
+        return soft(f"{run.name}: none.")
     rows = [[w.get("time", ""), w.get("step"), w["message"]] for w in warned[-MOST_WARNINGS:]]
     left = f", the last {MOST_WARNINGS} of {len(warned)}" if len(warned) > MOST_WARNINGS else ""
     return table(["time", "step", "message"], rows, caption=f"{run.name}{left}", words=True)
@@ -165,7 +171,7 @@ def config_differences(runs: Sequence[Run]) -> Html:
     if not rows:
         return Html("<p>Nowhere but in run.dir.</p>\n")
     of_stages = len({run.config.get("stage") for run in runs}) > 1
-    note = quiet("Runs of different stages: only keys that all of them have are compared.") if of_stages else ""
+    note = soft("Runs of different stages: only keys that all of them have are compared.") if of_stages else ""
     return joined([table(["key", *(run.name for run in runs)], [[k, *v] for k, v in rows.items()], words=True), note])
 
 
@@ -193,7 +199,8 @@ def _chart(plot: Plot, runs: Sequence[Run]) -> Html:
 
 def _pictures(run: Run, image_ids: set[str]) -> tuple[dict[str, str], str]:
     if not image_ids:
-        return {}, "The run is of a version that kept no image_id with its texts, so their images are not shown."
+        older = not any("image_id" in sample for line in run.lines for sample in line.get("captions") or ())
+        return {}, "of a version that kept no image_id with its texts, so their images are not shown." if older else ""
     from qformer.report.pictures import held_out_pictures  # only now what imports torch
 
     return held_out_pictures(run.config, image_ids)
@@ -209,9 +216,9 @@ def _last(run: Run, key: str) -> str | None:
     return number(points[-1][1]) if points else None
 
 
-def _of(run: Run, key: str, summary: Callable[[list[float]], float], unit: str = "") -> str | None:
-    finite = [value for _, value in run.points(key) if math.isfinite(value)]
-    return f"{number(summary(finite))}{unit}" if finite else None
+def _of(run: Run, key: str, summary: Callable[[list[float]], float], scale: float = 1.0) -> str | None:
+    finite = [value for _, value in _scaled(run, key, scale) if math.isfinite(value)]
+    return number(summary(finite)) if finite else None
 
 
 def _scaled(run: Run, key: str, scale: float) -> list[tuple[float, float]]:
@@ -219,13 +226,15 @@ def _scaled(run: Run, key: str, scale: float) -> list[tuple[float, float]]:
 
 
 def _progress(run: Run) -> str:
-    """How far a run is, and when it wrote its last line where it is not at its end."""
     steps = run.setting("train", "max_steps")
-    text = f"{run.step} of {steps}" if steps else str(run.step)
-    if run.folder is None or run.step == steps:
-        return text
-    written = time.strftime("%Y-%m-%d %H:%M", time.localtime((run.folder / METRICS_FILE).stat().st_mtime))
-    return f"{text}, last line {written}"
+    return f"{run.step} of {steps}" if steps else str(run.step)
+
+
+def _last_written(run: Run) -> str | None:
+    """When a run that is not at its last step wrote its last line."""
+    if run.folder is None or run.step == run.setting("train", "max_steps"):
+        return None
+    return time.strftime("%b %d, %H:%M", time.localtime((run.folder / METRICS_FILE).stat().st_mtime))
 
 
 def _warned(run: Run) -> list[dict[str, Any]]:
@@ -234,7 +243,7 @@ def _warned(run: Run) -> list[dict[str, Any]]:
 
 def _others(runs: Sequence[Run]) -> list[Plot]:
     """What no other chart shows: keys of a stage or version that this report does not know."""
-    known = {key for plot in (*LOSSES, *MEASURES, *OPTIMISER, *SPEED) for key in plot.keys} | set(CONSTANTS)
+    known = {key for plot in (*LOSSES, *MEASURES, *OPTIMISER, *SPEED, DROPPED) for key in plot.keys} | set(CONSTANTS)
     keys = dict.fromkeys(key.removeprefix("validation_") for run in runs for key in run.metrics())
     odd = [key for key in keys if key not in known and f"validation_{key}" not in known]
     return [_one(key, key) for key in odd if not key.endswith("_chance") and not key.startswith("gradient_norm_")]
