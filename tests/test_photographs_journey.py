@@ -106,7 +106,7 @@ def test_a_journey_ends_in_a_report_and_is_taken_up_where_it_was(tiny, tmp_path,
     )
     assert list(results["questions"]) == ["text_only", "oracle_caption", "stage1_2"]
     page = (out / "report.html").read_text()
-    for title in ("Captions", "Answers", "Retrieval", "Tables", "Losses", "MLP on all tokens"):
+    for title in ("Captions", "Answers", "Retrieval", "Attention", "Tables", "Losses", "MLP on all tokens"):
         assert title in page
     assert page.count("data:image/") > 10
     assert training_seconds(out / "stage2_only") == pytest.approx(

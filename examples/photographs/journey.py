@@ -34,6 +34,7 @@ from qformer.data.cache import INDEX
 HERE = "examples/photographs"
 STAGE1, STAGE2 = f"{HERE}/stage1.yaml", f"{HERE}/stage2.yaml"
 OUT = Path("runs/photographs")
+LEAST_CANDIDATES = 10  # of stages/evaluate.py --task retrieval
 STEPS = {"full": (800, 500, 1000), "small": (40, 30, 200)}  # of stage 1, of stage 2; records of an evaluation
 
 
@@ -261,6 +262,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage2", nargs="+", default=[], metavar="X", help="YAML files, key=value, after stage2.yaml")
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
+    if args.candidates < LEAST_CANDIDATES:  # now, and not after hours of training
+        parser.error(f"--candidates must be at least {LEAST_CANDIDATES}, the longest list that is scored")
     try:
         train, dev = (args.train, args.dev) if args.train and args.dev else sources_of(args.photos)
         steps1, steps2, records = STEPS[args.steps]

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from resumable import Experiment, describe_machine, duration
 from rich.table import Table
 
+from qformer.attention.picture import draw_attention, images_of
 from qformer.config import Stage2Config
 from qformer.data import read_records
 from qformer.files import atomic_file
+from qformer.inference import load
 from qformer.report.answers import answer_cards, choose_examples
-from qformer.report.page import Card, Page, gallery, image_uri, quiet, strong, table
+from qformer.report.page import Card, Html, Page, gallery, image_uri, picture, quiet, strong, table
 from qformer.report.run import read_run
 from qformer.report.sections import add_runs
 
@@ -24,9 +26,9 @@ DIRECTIONS = {"image_to_text": "TR", "text_to_image": "IR"}
 QUESTIONS = {"text_only": "text only", "oracle_caption": "oracle caption", "stage1_2": "stage 1 + 2, captions only"}
 PUBLISHED = (
     "Published on Flickr8k's test photographs: retrieval TR@1 / IR@1 16.5 / 11.8 (DVSA) and 31.0 / 21.3 (FV); captions BLEU-4 "
-    "21.3 (Show, Attend and Tell), BLEU-1 63 (NIC). These were trained to their end, on other photographs than the held-out ones here."
+    "21.3 (Show, Attend and Tell), BLEU-1 63 (NIC). These were trained to their end, and are of other held-out photographs than here."
 )
-SHOWN = 18  # photographs in a section of the report
+SHOWN, LOOKED_AT = 18, 3  # photographs in a section of the report, and in that on attention
 
 
 def conclude(experiment: Experiment, journey: "Journey", rows: "Mapping[str, Row]") -> dict[str, Any]:
@@ -132,6 +134,8 @@ def _write_report(
         answers = _read(journey.json_of("answers", "stage1_2"))["results"]
         page.add("Answers", gallery(answer_cards(choose_examples(answers))), note="Trained on captions alone.")
     page.add("Retrieval", gallery(_retrieval_cards(journey)), note="The three captions that stage 1 finds best.")
+    note = "What speaks for each word of a caption, and where each query of stage 1 looks."
+    page.add("Attention", *_attention(journey), note=note)
     page.add("Tables", *(table(head, lines, caption=title) for title, (head, lines) in tables.items()), note=PUBLISHED)
     names = dict.fromkeys([*(row.stage1 for row in rows.values() if row.stage1), *rows])
     add_runs(page, [read_run(journey.out / name, name) for name in names])
@@ -174,6 +178,18 @@ def _retrieval_cards(journey: "Journey") -> list[Card]:
             kind = "right" if lists[image_id]["retrieved"]["captions"][0].rpartition("#")[0] == image_id else "wrong"
             cards.append(Card(image_uri(path, 320), lines, kind, alt="a held-out photograph"))
     return cards
+
+
+def _attention(journey: "Journey") -> list[Html]:
+    """Sheets of what stage 1 looks at in a few photographs, beside a caption of each."""
+    lines = map(json.loads, journey.questions_file.read_text().splitlines())
+    captions = {line["image"]: line["caption"][0] for line in lines}
+    model, sheets = load(journey.out / "stage1"), []
+    for path, caption in list(captions.items())[:LOOKED_AT]:
+        look = model.attention(path, caption)
+        sheet = draw_attention(look, images_of(path, model.transform), caption)
+        sheets.append(picture(image_uri(sheet), caption))
+    return sheets
 
 
 def _by_image(file: Path) -> dict[str, dict[str, Any]]:
