@@ -1,4 +1,5 @@
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 
+import capfilt
 import pytest
 from experiment import average, markdown_table
 from PIL import Image
@@ -69,6 +71,22 @@ def test_report_holds_everything_and_escapes_text(tmp_path, pictures):
     assert page.count('class="chance"') == 1
     assert "92.0 (90.0-94.0)" in page
     assert "stage 2 only" not in page  # a row that was not measured is not explained either
+
+
+def test_the_report_of_capfilt_shows_every_set(tmp_path, capsys):
+    seed = capfilt.Seed(Recipe(), tmp_path, seed=0, threshold=0.5)
+    for name, place in itertools.product(capfilt.SETS, (1, 2)):
+        folder = seed.run_dir(f"{name}_stage{place}")
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, ("itc", "lm")[place - 1]: 2.0}) + "\n")
+    scores = {name: {"vqa": [50.0 + i], "recall": [9.0]} for i, name in enumerate(capfilt.SETS)}
+    capfilt.report(tmp_path, scores, [{"precision": 90.0, "recall": 80.0}], seed)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert all(page.count(f"— {name} 2<") == 2 for name in capfilt.SETS)
+    assert "| both_beam | 54.0 | 9.0 | 80 % |" in (tmp_path / "table.md").read_text()
+    assert "precision 90.0, recall 80.0" in page
+    assert "report: " in capsys.readouterr().out
 
 
 def test_examples_mix_kinds_and_failures_on_different_pictures():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import re
 import socket
 import sqlite3
@@ -14,6 +15,7 @@ import pytest
 from test_stages import REPO, refused, stage_main
 from tiny import run_stage
 
+from qformer.log import WarningFile
 from qformer.report.curves import MOST_POINTS, Series, chart
 from qformer.report.page import Card, Page, gallery, table
 from qformer.report.run import Run, differences, read_run, read_runs
@@ -90,8 +92,12 @@ def test_texts_stand_over_time_beside_the_image_they_are_of(speaking, tiny):
     assert ">4 of 4<" in page
 
 
-def test_a_run_keeps_its_warnings_with_their_step_and_a_resumed_one_goes_on_with_them(speaking, tiny):
-    kept = [json.loads(line) for line in (speaking / "warnings.jsonl").read_text().splitlines()]
+def kept_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "warnings.jsonl").read_text().splitlines()]
+
+
+def test_a_run_keeps_its_warnings(speaking):
+    kept = kept_of(speaking)
     assert [(line["level"], line["message"]) for line in kept][:1] == [("INFO", "started")]
     broken = [line for line in kept if line["message"].startswith("broken record")]
     assert broken
@@ -99,11 +105,31 @@ def test_a_run_keeps_its_warnings_with_their_step_and_a_resumed_one_goes_on_with
     assert "none.png" in page_of(speaking)
 
 
+def test_a_resumed_run_goes_on_with_its_warnings_and_a_fresh_one_begins_anew(tmp_path):
+    logger = logging.getLogger("qformer.training")
+    for resumes, step in ((False, 3), (True, 7)):
+        with WarningFile(tmp_path, is_main=True, resumes=resumes) as warnings:
+            warnings.step = lambda step=step: step
+            logger.warning("slow at %d", step)
+            logger.info("all is well")
+    assert [(line["step"], line["message"]) for line in kept_of(tmp_path)] == [
+        (None, "started"), (3, "slow at 3"), (None, "resumed"), (7, "slow at 7"),
+    ]  # fmt: skip
+    logger.warning("after its end")
+    with WarningFile(tmp_path, is_main=False, resumes=False):
+        logger.warning("of another rank")
+    assert len(kept_of(tmp_path)) == 4
+    with pytest.raises(KeyError), WarningFile(tmp_path, is_main=True, resumes=False):
+        raise KeyError("x")
+    assert [line["level"] for line in kept_of(tmp_path)] == ["INFO", "ERROR"]
+    assert (tmp_path / "warnings.1.jsonl").is_file()
+
+
 def test_the_error_that_ends_a_run_is_kept(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_stage(1, tiny.stage1(tmp_path / "s1", "train.max_steps=3", "optim.lr=1e30", "optim.warmup_steps=0"))
     capsys.readouterr()
-    kept = [json.loads(line) for line in (tmp_path / "s1/warnings.jsonl").read_text().splitlines()]
+    kept = kept_of(tmp_path / "s1")
     assert kept[-1]["level"] == "ERROR"
     assert "not finite" in kept[-1]["message"]
 

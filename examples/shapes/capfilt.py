@@ -1,6 +1,6 @@
 """CapFilt on Shapes: what noise costs, and what of it comes back with filtered and newly written captions.
 
-python examples/shapes/capfilt.py              # leaves results.json and table.md in runs/capfilt
+python examples/shapes/capfilt.py              # leaves results.json, table.md and report.html in runs/capfilt
 python examples/shapes/capfilt.py --jobs 2     # two runs side by side, each on half of the cores
 
 Of the captions 40 % belong to other pictures and 20 % are vague. A tenth of the pictures also has a clean caption, on which the
@@ -20,6 +20,10 @@ from typing import Any
 from experiment import read_answers
 from recipe import Recipe, add_options
 from resumable import Experiment, Part
+
+from qformer.report.page import Page, table
+from qformer.report.run import read_run
+from qformer.report.sections import LOSSES, MEASURES, add_runs, draw
 
 LLM = "opt"
 OTHERS, VAGUE, CLEAN = 0.4, 0.2, 0.1
@@ -145,17 +149,17 @@ def judge_filter(folder: Path, truth: dict[str, bool]) -> dict[str, float]:
 
 def table_of(seeds: Sequence[Seed]) -> dict[str, dict[str, Any]]:
     """Scores of every set, a list with one of each seed."""
-    table: dict[str, dict[str, Any]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     for name in SETS:
         recalls = [
             json.loads((s.folder / "retrieval" / f"{name}_seed{s.seed}.json").read_text())["scores"] for s in seeds
         ]
-        table[name] = {
+        scores[name] = {
             "vqa": [read_answers(seed.answers(name))["scores"]["overall"] for seed in seeds],
-            "image_to_text@1": [scores["image_to_text"]["1"] for scores in recalls],
-            "text_to_image@1": [scores["text_to_image"]["1"] for scores in recalls],
+            "image_to_text@1": [recall["image_to_text"]["1"] for recall in recalls],
+            "text_to_image@1": [recall["text_to_image"]["1"] for recall in recalls],
         }
-    return table
+    return scores
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -185,25 +189,36 @@ def main(argv: list[str] | None = None) -> None:
         experiment.run_side_by_side([[s.capfilt(name), *s.training(name)] for s in seeds for name in made])
         truth = json.loads((out / "truth.json").read_text())
         judged = [judge_filter(s.run_dir("filtered"), truth) for s in seeds]
-        table = table_of(seeds)
-        report(out, table, judged)
+        scores = table_of(seeds)
+        report(out, scores, judged, seeds[0])
 
 
-def report(out: Path, table: dict[str, dict[str, list[float]]], judged: Sequence[dict[str, float]]) -> None:
-    """Write results.json and table.md; the share of what noise costs that comes back, by the means over seeds."""
-    lines = ["| captions | " + " | ".join(table["clean"]) + " | of the VQA loss comes back |", "|---|" + "---|" * 4]
-    worst, best = mean(table["noisy"]["vqa"]), mean(table["clean"]["vqa"])
-    for name, scores in table.items():
-        back = f"{100 * (mean(scores['vqa']) - worst) / (best - worst):.0f} %" if best != worst else "-"
-        lines.append(f"| {name} | " + " | ".join(map(_shown, scores.values())) + f" | {back} |")
-    of_filter = {key: _shown([scores[key] for scores in judged]) for key in ("precision", "recall")}
-    lines += [
-        "",
-        f"The filter on the web's captions: precision {of_filter['precision']}, recall {of_filter['recall']}.",
-    ]
+def report(
+    out: Path, scores: dict[str, dict[str, list[float]]], judged: Sequence[dict[str, float]], seed: Seed
+) -> None:
+    """Write results.json, table.md and report.html, the latter with the runs of one seed over each other.
+
+    The share of what noise costs that comes back is by the means over seeds.
+    """
+    head = ["captions", *scores["clean"], "of the VQA loss comes back"]
+    worst, best = mean(scores["noisy"]["vqa"]), mean(scores["clean"]["vqa"])
+    rows = []
+    for name, of_set in scores.items():
+        back = f"{100 * (mean(of_set['vqa']) - worst) / (best - worst):.0f} %" if best != worst else "-"
+        rows.append([name, *map(_shown, of_set.values()), back])
+    precision, recall = (_shown([each[key] for each in judged]) for key in ("precision", "recall"))
+    words = f"The filter on the web's captions: precision {precision}, recall {recall}."
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    lines = [lines[0], "|---|" + "---|" * 4, *lines[1:], "", words]
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    (out / "results.json").write_text(json.dumps({"table": table, "filter": list(judged)}, indent=1) + "\n")
-    print("\n".join(lines))
+    (out / "results.json").write_text(json.dumps({"table": scores, "filter": list(judged)}, indent=1) + "\n")
+    first, second = ([read_run(seed.run_dir(f"{name}_stage{n}"), name) for name in SETS] for n in (1, 2))
+    page = Page("CapFilt on Shapes", "What noise in captions costs, and what of it comes back.")
+    page.add("Scores", table(head, rows), words)
+    page.add("Stage 1 on each set of captions", draw([*LOSSES, *MEASURES], first), note="Dots are held-out records.")
+    add_runs(page, second)
+    page.write(out / "report.html")
+    print("\n".join([*lines, f"report: {out / 'report.html'}"]))
 
 
 def _shown(values: Sequence[float]) -> str:
