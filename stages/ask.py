@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     # Only now what imports torch.
     prepare_environment()
     from qformer.config import prompt_problem
+    from qformer.conversation import answer_next
     from qformer.inference import load
     from qformer.launch import reported_errors
 
@@ -60,30 +61,14 @@ def main(argv: list[str] | None = None) -> None:
         _print(model.caption([pictures], **generation)[0])
         turns: list[tuple[str, str]] = []
         while question := _read_line():
-            answer = _answer(model, pictures, question, turns=turns, settings={"prompt": args.prompt, **generation})
-            _print(answer)
-            turns.append((question, answer))
+            settings = {"prompt": args.prompt, **generation}
+            _print(answer_next(model, pictures, question, turns=turns, settings=settings))
 
 
 def _print(answer: str) -> None:
     print(answer, flush=True)
     if not answer:
         print("(the answer is empty: the language model ended it at once)", file=sys.stderr)
-
-
-def _answer(
-    model: Any, pictures: list[str], question: str, *, turns: list[tuple[str, str]], settings: dict[str, Any]
-) -> str:
-    """Answer after the conversation so far; its oldest turns are forgotten when it grows too long."""
-    from qformer.language import PromptTooLong
-
-    while True:
-        try:
-            return model.answer([pictures], [question], history=turns, **settings)[0]
-        except PromptTooLong:
-            if not turns:
-                raise
-            del turns[0]
 
 
 def _read_line() -> str:

@@ -20,8 +20,8 @@ FLOORS = [
     ["training.py", "shapes/"],
     ["build.py"],
     ["inference.py", "interop/"],  # use build
-    ["doctor/", "evaluation/"],  # use inference, or interop
-    ["capfilt/"],  # uses evaluation's progress
+    ["doctor/", "evaluation/", "conversation.py"],  # use inference, or interop
+    ["capfilt/", "web/"],  # use evaluation's progress
 ]
 MAX_LINES = 400
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))

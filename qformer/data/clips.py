@@ -14,6 +14,8 @@ POLICIES = {
     "uniform": lambda count, n: [i * count // n for i in range(n)],
     "middle": lambda count, n: [(2 * i + 1) * count // (2 * n) for i in range(n)],
 }
+# Files that hold their frames themselves: a playlist, whatever its name ends in, would have others read.
+FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,asf,flv,ogg"
 
 
 def load_frames(
@@ -49,6 +51,23 @@ def load_frames(
         raise BrokenRecord(record.image, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
+def measure_clip(path: str) -> tuple[float, int]:
+    """How long a clip is, in seconds, and how many frames it holds, by its packets: nothing is decoded.
+
+    Raises: BrokenRecord when the file is missing or no video; ValueError when PyAV is not installed.
+    """
+    av = _import_av()
+    try:
+        with _open(av, Record(path, path)) as clip:
+            stream = clip.streams.video[0]
+            packets = [packet for packet in clip.demux(stream) if packet.size > 0]
+            times = [packet.pts for packet in packets if packet.pts is not None] or [0]
+            ends = [packet.pts + (packet.duration or 0) for packet in packets if packet.pts is not None] or [0]
+            return float((max(ends) - min(times)) * stream.time_base), len(packets)
+    except Exception as error:  # as in `load_frames`
+        raise BrokenRecord(path, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
 def _import_av() -> Any:
     try:
         import av
@@ -58,7 +77,8 @@ def _import_av() -> Any:
 
 
 def _open(av: Any, record: Record) -> Any:
-    return av.open(record.image if record.image_bytes is None else io.BytesIO(record.image_bytes))
+    file = record.image if record.image_bytes is None else io.BytesIO(record.image_bytes)
+    return av.open(file, options={"format_whitelist": FORMATS})
 
 
 def _count_frames(av: Any, record: Record, limit: int | None) -> int:

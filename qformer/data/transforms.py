@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -135,10 +136,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """How an image lies by EXIF, 1 to 8; 1 (upright) where its tags cannot be read. Other tags do not matter."""
     try:
-        value = image.getexif().get(EXIF_ORIENTATION, 1)
+        value = image.getexif().get(EXIF_ORIENTATION) or _first_orientation(image.info.get("exif", b""))
         return int(value[0] if isinstance(value, bytes | tuple | list) else value)
     except Exception:  # tags of wrong types raise every kind of exception
         return 1
+
+
+def _first_orientation(exif: bytes) -> int:
+    """The orientation in the first directory of EXIF bytes, or 1: PIL before 13 reads no tag behind a damaged one."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    if len(tiff) < 10:
+        return 1
+    order = "<" if tiff.startswith(b"II") else ">"
+    (first,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (count,) = struct.unpack_from(f"{order}H", tiff, first)
+    tags = (struct.unpack_from(f"{order}HHIH", tiff, first + 2 + 12 * n) for n in range(count))
+    return next((value for tag, _, _, value in tags if tag == EXIF_ORIENTATION), 1)
 
 
 def _scale_integers(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qformer.data import BrokenRecord
+from qformer.data import BrokenRecord, Record
 from qformer.data.loading import load_input, start_worker
 from qformer.data.transforms import ImageTransform
 from qformer.distributed import gather_objects
@@ -32,7 +32,7 @@ class Images(Dataset[tuple[int, NamedImages | str]]):
     one cannot be read.
     """
 
-    def __init__(self, records: Chosen, indices: Sequence[int], transform: ImageTransform | None):
+    def __init__(self, records: Chosen | list[Record], indices: Sequence[int], transform: ImageTransform | None):
         self.records, self.indices, self.transform = records, indices, transform
 
     def __len__(self) -> int:
@@ -112,7 +112,12 @@ def compute_outputs(
 
 
 def image_batches(
-    records: Chosen, indices: Sequence[int], transform: ImageTransform | None, *, batch_size: int, workers: int
+    records: Chosen | list[Record],
+    indices: Sequence[int],
+    transform: ImageTransform | None,
+    *,
+    batch_size: int,
+    workers: int,
 ) -> DataLoader:
     """Batches of (index, image); a worker reads no further than one batch ahead."""
     workers = min(workers, -(-len(indices) // batch_size))
