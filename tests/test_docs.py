@@ -242,6 +242,7 @@ def test_the_site_fetches_nothing_from_elsewhere(site):
             r"<(?:script|link|img|iframe|source|video)\b[^>]*(?:src|href)=\"?([^\"> ]+)", page.read_text()
         )
         assert [url for url in fetched if "//" in url] == [], page.name
+        assert 'class="mermaid"' not in page.read_text(), f"{page.name}: the theme fetches what draws it"
     for style in site.rglob("*.css"):
         assert not re.search(r"(?:url\(|@import)[\s\"']*(?:https?:)?//", style.read_text()), style.name
 

@@ -69,12 +69,14 @@ def test_a_table_of_json_lines_is_read_like_one_of_commas(tmp_path, monkeypatch)
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
     rows = [(f"{i}.png", f"number {i}, {word}") for i in range(3) for word in ("a", "b")]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"image": i, "caption": c}) + "\n" for i, c in rows))
+    lists = [(f"{i}.png", [f"number {i}, {word}" for word in ("a", "b")]) for i in range(3)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps({"image": i, "caption": c}) + "\n" for i, c in lists))
     (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f'{i},"{c}"\n' for i, c in rows))
     files = []
-    for table in ("t.jsonl", "t.csv"):
+    for table in ("t.jsonl", "l.jsonl", "t.csv"):
         assert module.write_records(tmp_path, tmp_path / table, tmp_path) == [str((tmp_path / "0.png").resolve())]
         files.append([(tmp_path / f"{split}.jsonl").read_text() for split in ("train", "validation")])
-    assert files[0] == files[1]
+    assert files[0] == files[1] == files[2]
 
 
 def test_a_chat_template_stands_around_the_picture(tmp_path, monkeypatch, capsys):

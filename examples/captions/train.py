@@ -5,7 +5,7 @@
     python examples/captions/train.py --toy OUT         # draws 64 pictures with captions and trains on them: 15 s
 
 CAPTIONS is a .csv with the columns `image` (a path below PICTURES) and `caption`, or a .jsonl with these keys; an image
-may have several lines. One image in ten is held out. Without --encoder and --llm the small models of configs/shapes
+may have several lines, or in a .jsonl a list of captions. One image in ten is held out. Without --encoder and --llm the small models of configs/shapes
 are used, which know few words. Key=value overrides go to both stages. Several GPUs: the two lines that are printed,
 after `accelerate launch`. Leaves OUT/stage1 and OUT/stage2, and prints a caption of each of four held-out pictures.
 """
@@ -55,7 +55,8 @@ def write_records(pictures: Path, table: Path, out: Path) -> list[str]:
         rows = list(csv.DictReader(file)) if table.suffix == ".csv" else [json.loads(line) for line in file]
     captions: dict[str, list[str]] = {}
     for row in rows:
-        captions.setdefault(str((pictures / row["image"]).resolve()), []).append(row["caption"])
+        texts = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
+        captions.setdefault(str((pictures / row["image"]).resolve()), []).extend(texts)
     if missing := [picture for picture in captions if not Path(picture).is_file()]:
         raise SystemExit(f"{table}: {len(missing)} of {len(captions)} images are not there, the first: {missing[0]}")
     if len(captions) < 2:
