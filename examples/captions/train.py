@@ -2,12 +2,13 @@
 
     python examples/captions/train.py PICTURES CAPTIONS.csv OUT --encoder configs/encoder/clip_b32.yaml \\
         --llm configs/llm/opt_125m.yaml train.max_steps=2000 train.global_batch_size=64 train.micro_batch_size=32
-    python examples/captions/train.py --toy OUT         # draws 64 pictures with captions and trains on them: 15 s
+    python examples/captions/train.py --toy OUT         # draws 64 pictures first; half a minute of one core
 
-CAPTIONS is a .csv with the columns `image` (a path below PICTURES) and `caption`, or a .jsonl with these keys; an image
-may have several lines, or in a .jsonl a list of captions. One image in ten is held out. Without --encoder and --llm the small models of configs/shapes
-are used, which know few words. Key=value overrides go to both stages. Several GPUs: the two lines that are printed,
-after `accelerate launch`. Leaves OUT/stage1 and OUT/stage2, and prints a caption of each of four held-out pictures.
+CAPTIONS is a .csv with the columns `image` (a path below PICTURES) and `caption`, or a .jsonl with these keys. An image
+may have several lines, or in a .jsonl a list of captions. One image in ten is held out. Without --encoder and --llm the
+small models of configs/shapes are used, which know few words. Key=value overrides go to both stages. Several GPUs: the
+two lines that are printed, after `accelerate launch`. Leaves OUT/stage1 and OUT/stage2, and prints a caption of each of
+four held-out pictures.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import qformer
 from qformer.stages import stage1, stage2
 
 SMALL = [
-    "train.max_steps=60", "train.global_batch_size=16", "train.micro_batch_size=16", "train.validate_every_steps=60",
-    "train.validation_records=32", "train.checkpoint_every_steps=60", "optim.warmup_steps=10", "data.workers=0",
+    "train.max_steps=40", "train.global_batch_size=16", "train.micro_batch_size=16", "train.validate_every_steps=40",
+    "train.validation_records=32", "train.checkpoint_every_steps=40", "optim.warmup_steps=10", "data.workers=0",
 ]  # fmt: skip
 
 
