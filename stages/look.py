@@ -59,9 +59,8 @@ def main(argv: list[str] | None = None) -> None:
             sheet.save(file, args.out.suffix[1:].replace("jpg", "jpeg"), quality=92)
         if args.maps is not None:
             look.save(args.maps)
-        print(
-            f"{args.out}: {len(look.words)} words, {len(look.of_queries())} queries, overlap {look.overlap(args.layer):.2f}"
-        )
+        overlap = look.overlap(args.layer, args.heads)
+        print(f"{args.out}: {len(look.words)} words, {len(look.of_queries())} queries, overlap {overlap:.2f}")
 
 
 def _text_and_title(model: Any, pictures: list[str], text: str | None, question: str | None) -> tuple[str | None, str]:
@@ -72,7 +71,8 @@ def _text_and_title(model: Any, pictures: list[str], text: str | None, question:
             return text, name  # a question is refused where the maps are made
         return text, f'{name}: "{text}" matches with probability {float(model.match([pictures], text)[0]):.2f}'
     if question is None:
-        return text or model.caption([pictures])[0], f'{name}: "{text or model.caption([pictures])[0]}"'
+        text = text or model.caption([pictures])[0]
+        return text, f'{name}: "{text}"'
     text = text or model.answer([pictures], question)[0]
     return text, f'{name}: "{question}" "{text}"'
 

@@ -308,7 +308,7 @@ def test_a_grid_beside_another_loader_is_refused(tmp_path: Path) -> None:
         load_encoder(EncoderConfig(**native(tmp_path).arguments, grid=[2, 2]))
 
 
-def test_mistakes_name_what_to_give(models, pictures) -> None:
+def test_mistakes_name_what_to_give(models, pictures, monkeypatch) -> None:
     look = models["stage1"].attention(pictures[0])
     for wrong, message in [
         (lambda: look.of_queries(1), r"layer=1: expected one of \[0, 2\]"),
@@ -320,6 +320,10 @@ def test_mistakes_name_what_to_give(models, pictures) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             wrong()
+    monkeypatch.delitem(models["stage1"].model.adapter.weights, "itm")
+    assert models["stage1"].attention(pictures[0]).maps.shape
+    with pytest.raises(ValueError, match=r"stage1\.itm=0"):
+        models["stage1"].attention(pictures[0], CAPTION)
 
 
 # ---- the pointing game ----
@@ -430,6 +434,7 @@ def test_an_overlay_is_bright_where_the_map_is_and_keeps_the_shape_of_the_image(
         rows, columns = np.array_split(lit, 3, 0), np.array_split(lit, 4, 1)
         assert max(range(3), key=lambda i: rows[i].mean()) == 0
         assert max(range(4), key=lambda i: columns[i].mean()) == 3
+    assert overlay(None, torch.rand(1, 100), side=120).size == (120, 30)  # a band, not a line
     assert overlay(None, torch.zeros(2, 2)).getextrema()  # nothing anywhere is no division by zero
 
 

@@ -1,7 +1,7 @@
 """The pointing game: does the map of a colour or shape word point at that shape?
 
     make demo                                                                    # leaves the adapters of both stages
-    python examples/shapes/pointing.py runs/demo/stage1 runs/demo/opt            # 3 min on two cores
+    python examples/shapes/pointing.py runs/demo/stage1 runs/demo/opt            # some minutes on two cores
 
 In every picture of two or three shapes one colour word and one shape word that fit a single shape are looked for. A map hits
 where its maximum lies in that shape's box; chance is the share of the picture that the box covers. Beside it: how often the

@@ -70,9 +70,9 @@ class AttentionMaps(NamedTuple):
         """
         return self._of_layer(self.word_maps.transpose(0, 1), layer)
 
-    def overlap(self, layer: int | None = None) -> float:
+    def overlap(self, layer: int | None = None, heads: str = "mean") -> float:
         """Mean cosine of the maps of two queries: 1 where all look at the same places, 0 where no two share one."""
-        maps = F.normalize(self.of_queries(layer).flatten(1), dim=1)
+        maps = F.normalize(self.of_queries(layer, heads).flatten(1), dim=1)
         pairs = len(maps) * (len(maps) - 1)
         return float((maps.sum(0).square().sum() - len(maps)) / pairs) if pairs else 1.0
 
@@ -103,13 +103,17 @@ def attention_of_match(model: Stage1, features: Features, images: Tensor, text: 
         features: of the images that differ, float[B, N, Dv].
         images: int64[K], those that are read side by side.
 
-    Raises: ValueError when the encoder has no grid, or an image fewer tokens than it.
+    Raises: ValueError when the encoder has no grid, an image fewer tokens than it, or the matching head was not trained.
     """
     adapter, place = model.adapter, _Places.of(model.encoder, features, images)
     memory = _watch(adapter.qformer, features.side_by_side(images[None]), adapter.feature_norm)
     if text is None:
         adapter.qformer.query_pass(memory)
         return place.lay_out(adapter.qformer, torch.stack(_looks(memory))[:, 0])
+    if "itm" not in adapter.weights:
+        raise ValueError(
+            "this adapter was trained with stage1.itm=0, so its matching head knows nothing of words; leave the text out"
+        )
     ids, mask = model.tokenize([text])
     words, word_of = words_of(model.tokenizer, ids[0].tolist())
     hidden = torch.arange(-1, len(words))[:, None] == torch.tensor(word_of)  # no word, then each

@@ -50,12 +50,14 @@ def overlay(image: Image.Image | None, heat: Tensor, top: float | None = None, s
         top: what is brightest; None = the largest value.
     """
     top = float(heat.max()) if top is None else top
-    base = _fitted(Image.new("RGB", (heat.shape[1], heat.shape[0]), "#808080") if image is None else image, side)
-    share = (enlarged(heat, base.size) / max(top, 1e-12)).clip(0, 1)[..., None]
-    at = share * (len(HEAT) - 1)
+    high, wide = heat.shape
+    blank = Image.new("RGB", (max(wide, -(-high // 4)), max(high, -(-wide // 4))), "#808080")  # a lone row is a band
+    base = _fitted(blank if image is None else image, side)
+    light = (enlarged(heat, base.size) / max(top, 1e-12)).clip(0, 1)[..., None]
+    at = light * (len(HEAT) - 1)
     low = np.minimum(at.astype(int), len(HEAT) - 2)[..., 0]
     colour = HEAT[low] * (1 - (at - low[..., None])) + HEAT[low + 1] * (at - low[..., None])
-    mixed = np.asarray(base, np.float32) * (0.3 + 0.7 * share) * 0.62 + colour * 0.38
+    mixed = np.asarray(base, np.float32) * (0.3 + 0.7 * light) * 0.62 + colour * 0.38
     return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 
@@ -81,9 +83,9 @@ def draw_attention(
     strengths = words.flatten(1).amax(1)
     layers = f"layer {layer}" if layer is not None else f"mean of layers {', '.join(map(str, look.layers))}"
     sections: list[tuple[str, list[Tile]]] = []
-    for k, image in enumerate(images):
+    for k, image in enumerate(None if image is None else _fitted(image) for image in images):
         which = f" in image {k + 1} of {len(images)}" if several else ""
-        plain = [] if image is None else [Tile(_fitted(image), "the image")]
+        plain = [] if image is None else [Tile(image, "the image")]
         if look.words:
             tiles = [
                 Tile(
@@ -93,7 +95,7 @@ def draw_attention(
             ]
             sections.append((f"What speaks for each word{which} ({layers}; bars: how strongly)", plain + tiles))
         tiles = [Tile(overlay(image, maps[k], float(maps.max())), f"query {q}") for q, maps in enumerate(queries)]
-        overlap = f"overlap {look.overlap(layer):.2f}: 1 = all look alike, 0 = no two share a place"
+        overlap = f"overlap {look.overlap(layer, heads):.2f}: 1 = all look alike, 0 = no two share a place"
         heading = f"Where each of {len(queries)} queries looks{which} ({heads} of heads, {layers}; {overlap})"
         sections.append((heading, tiles if look.words else plain + tiles))
     return _sheet(title, sections)
