@@ -18,9 +18,10 @@ class AbsorbedKV(NamedTuple):
     looks at many tokens. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2.
     """
 
-    features: Tensor  # float[B, N, C], a one behind each that carries the biases
+    features: Tensor  # float[B, N', C], a one behind each that carries the biases; zeros behind the first N
     key: Tensor  # float[H, E, C]
     value: Tensor  # float[H, E, C]
+    tokens: int  # N
 
 
 def draw_drops(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor, float]:
@@ -99,49 +100,59 @@ class PlainAttention(torch.autograd.Function):
 class AbsorbedAttention(torch.autograd.Function):
     """Attention of queries float[B, H, Q, E] to `AbsorbedKV` images on CPUs; no gradient to the features.
 
-    What is as wide as the features is written head by head into one block, so that it is neither transposed nor copied.
+    What is as wide as the features lies as [B, Q, H, C]: then a head's rows of all images are one matrix, and so are an
+    image's rows of all heads, and no product needs its factors or its result to be copied.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, features: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float,  # type: ignore[override]
+    def forward(ctx: Any, query: Tensor, features: Tensor, key: Tensor, value: Tensor, tokens: int, mask: Tensor | None, p: float,  # type: ignore[override]
                 scale: float) -> Tensor:  # fmt: skip
         with torch.autocast("cpu", enabled=False):
-            query, output = query * scale, torch.empty_like(query)
-            wide = features.new_empty(*query.shape[:3], features.shape[2])
+            query = (query * scale).transpose(1, 2).contiguous()  # [B, Q, H, E]
+            output, wide = torch.empty_like(query), query.new_empty(*query.shape[:3], features.shape[2])
             for h in range(len(key)):
-                wide[:, h] = _times(query[:, h], key[h])
-            scores = (wide.flatten(1, 2) @ features.transpose(1, 2)).view(*query.shape[:3], -1)
-            shares = _softmax(scores, mask).flatten(1, 2)
-            ctx.scale = scale
-            ctx.drop, ctx.kept = draw_drops(shares.shape, p, shares.device) if p else (None, 1.0)
-            torch.bmm(_dropped(ctx, shares), features, out=wide.flatten(1, 2))
+                torch.mm(_head(query, h), key[h], out=_head(wide, h))
+            shares = _softmax(_scores(wide, features, tokens), None if mask is None else mask[:, 0])
+            ctx.scale, ctx.tokens = scale, tokens
+            ctx.drop, ctx.kept = None, 1.0
+            if p:
+                heads, queries = shares.unflatten(1, query.shape[1:3]).transpose(1, 2), shares.shape
+                drop, ctx.kept = draw_drops(heads.shape, p, shares.device)
+                ctx.drop = drop.transpose(1, 2).reshape(queries)
+            torch.bmm(_dropped(ctx, shares), features[:, :tokens], out=wide.flatten(1, 2))
             for h in range(len(key)):
-                output[:, h] = _times(wide[:, h], value[h].T)
+                torch.mm(_head(wide, h), value[h].T, out=_head(output, h))
             ctx.save_for_backward(query, features, key, value, shares, wide)
-            return output
+            return output.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         query, features, key, value, shares, read = ctx.saved_tensors
+        gradient = gradient.transpose(1, 2).contiguous()
         to_query, to_key, to_value, wide = (torch.empty_like(x) for x in (query, key, value, read))
         for h in range(len(key)):
-            wide[:, h] = _times(gradient[:, h], value[h])
-            torch.mm(gradient[:, h].flatten(0, 1).T, read[:, h].flatten(0, 1), out=to_value[h])
-        to_shares = _dropped(ctx, wide.flatten(1, 2) @ features.transpose(1, 2))
-        torch.bmm(_softmax_backward(to_shares, shares), features, out=wide.flatten(1, 2))
+            torch.mm(_head(gradient, h), value[h], out=_head(wide, h))
+            torch.mm(_head(gradient, h).T, _head(read, h), out=to_value[h])
+        to_shares = _dropped(ctx, _scores(wide, features, ctx.tokens))
+        torch.bmm(_softmax_backward(to_shares, shares), features[:, : ctx.tokens], out=wide.flatten(1, 2))
         for h in range(len(key)):
-            torch.mm(query[:, h].flatten(0, 1).T, wide[:, h].flatten(0, 1), out=to_key[h])
-            to_query[:, h] = _times(wide[:, h], key[h].T)
-        return to_query * ctx.scale, None, to_key, to_value, None, None, None
+            torch.mm(_head(query, h).T, _head(wide, h), out=to_key[h])
+            torch.mm(_head(wide, h), key[h].T, out=_head(to_query, h))
+        return to_query.transpose(1, 2) * ctx.scale, None, to_key, to_value, None, None, None, None
+
+
+def _head(x: Tensor, h: int) -> Tensor:
+    """A head's rows of float[B, Q, H, C], as float[B * Q, C]."""
+    return x.flatten(0, 1)[:, h]
+
+
+def _scores(wide: Tensor, features: Tensor, tokens: int) -> Tensor:
+    """float[B, Q * H, N] of float[B, Q, H, C] and float[B, N', C]."""
+    return (wide.flatten(1, 2) @ features.transpose(1, 2))[..., :tokens]
 
 
 def _rows(of: Tensor, index: Tensor | None) -> Tensor:
     return of if index is None else of[index]
-
-
-def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    """float[B, Q, C] @ float[C, C'] as one product."""
-    return (x.flatten(0, 1) @ matrix).unflatten(0, x.shape[:2])
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -107,15 +107,17 @@ class Attention(nn.Module):
 
         return project(self.key), project(self.value)
 
-    def absorb(self, features: Tensor, norm: nn.LayerNorm | None) -> AbsorbedKV:
-        """`keys_values` for `AbsorbedKV` features float[B, N, C]: at least one wider than the memory, by a one and zeros."""
+    def absorb(self, features: Tensor, tokens: int, norm: nn.LayerNorm | None) -> AbsorbedKV:
+        """`keys_values` for `AbsorbedKV` features float[B, N', C] of N tokens: at least one wider than the memory, by a one
+        and zeros.
+        """
 
         def affine(linear: nn.Linear) -> Tensor:
             weight, bias = _folded(linear, norm)
             zeros = weight.new_zeros(len(weight), features.shape[2] - weight.shape[1] - 1)
             return torch.cat([weight, bias[:, None], zeros], 1).to(features.dtype).unflatten(0, (self.heads, -1))
 
-        return AbsorbedKV(features, affine(self.key), affine(self.value))
+        return AbsorbedKV(features, affine(self.key), affine(self.value), tokens)
 
     def forward(
         self, hidden: Tensor, packing: Packing, mask: Tensor | None, *, before: KeysValues | None, reads: Tensor | None

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from qformer.kernels import AbsorbedKV, dropout
 from qformer.layers import Attention, FeedForward, ImageKV, KeysValues, Packing, WatchedKV
 
+ABSORBED_TIME = 1.35  # of a product in `AbsorbedAttention`, over one in a projection: benchmarks/README.md
+
 
 class ImageMemory(NamedTuple):
     """Images as cross-attention sees them: what every layer that looks reads of them, made once.
@@ -188,7 +190,7 @@ class QFormer(nn.Module):
 
         Args:
             norm: applied to the features first; None where they are normed already.
-            once: a single row looks at each image. Where that takes fewer products, the projections are `AbsorbedKV`: while
+            once: a single row looks at each image. Where that takes less time, the projections are `AbsorbedKV`: while
                 learning, so that inference rounds as other implementations do, and on CPUs, since a GPU's fused kernels have
                 no heads as wide as the features.
         """
@@ -206,16 +208,17 @@ class QFormer(nn.Module):
             return ImageMemory([attention.keys_values(image_features, fold) for attention in looking], mask)
         if torch.is_autocast_enabled("cpu"):
             image_features = image_features.to(torch.get_autocast_dtype("cpu"))
-        zeros = -(image_features.shape[2] + 1) % 16  # a row length that products like
-        image_features = F.pad(F.pad(image_features, (0, 1), value=1.0), (0, zeros))
-        return ImageMemory([attention.absorb(image_features, fold) for attention in looking], mask)
+        _, tokens, width = image_features.shape
+        zeros = (0, -(width + 1) % 16, 0, -tokens % 16)  # sizes that products like
+        image_features = F.pad(F.pad(image_features, (0, 1), value=1.0), zeros)
+        return ImageMemory([attention.absorb(image_features, tokens, fold) for attention in looking], mask)
 
     def _absorbing_is_cheaper(self, features: Tensor) -> bool:
-        """Whether projecting queries takes fewer products than projecting features float[B, N, Dv]."""
+        """Whether projecting queries takes less time than projecting features float[B, N, Dv]."""
         (_, tokens, features_width), queries = features.shape, self.query_tokens.shape[1]
         heads = self.layers[0].attention.heads
         projected = tokens * features_width * self.width + queries * self.width * tokens
-        return queries * features_width * (self.width + heads * tokens) < projected
+        return ABSORBED_TIME * queries * features_width * (self.width + heads * tokens) < projected
 
     def query_pass(self, images: ImageMemory) -> QueryPass:
         """The queries look at the images and at each other: float[B, Q, D]."""
