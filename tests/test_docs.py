@@ -56,7 +56,7 @@ def prose(text: str) -> str:
 def commands(text: str) -> list[list[str]]:
     """The words of every command in the code blocks, continued lines joined and comments left out."""
     lines = "".join(blocks(text, "", "bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.split(" ")[0] in COMMANDS]
+    return [shlex.split(line, comments=True) for line in lines if line.split(" ")[0].split("/")[-1] in COMMANDS]
 
 
 def script_of(words: list[str]) -> tuple[str, list[str]] | None:
