@@ -222,7 +222,8 @@ def test_every_answer_to_a_question_is_asked_for_as_often_as_its_opposite(photog
 def test_the_questions_of_the_repository_are_balanced_and_hold_no_captions():
     asked = [json.loads(line) for line in (REPO / "examples/photographs/questions.jsonl").read_text().splitlines()]
     assert len(asked) == 1000
-    assert set(asked[0]) == {"image_id", "question", "answers", "question_type", "question_id"}
+    assert set(asked[0]) == {"image_id", "question", "answers", "choices", "question_type", "question_id"}
+    assert all(q["answers"][0] in q["choices"] for q in asked)
     yes_no = [q for q in asked if q["answers"][0] in ("yes", "no")]
     assert sum(q["answers"] == ["yes"] for q in yes_no) * 2 == len(yes_no)
 

@@ -163,7 +163,7 @@ class Journey:
 
     def answers(self, name: str) -> Part:
         """Answer the questions by one of `MODES`."""
-        options = ["--task", "vqa", "--mode", MODES[name]]
+        options = ["--task", "vqa", "--mode", MODES[name], "--choose-from", "choices"]
         return self._evaluation(
             ["stages/evaluate.py"], MAIN, [str(self.questions_file)], options, json_file=self.json_of("answers", name)
         )

@@ -71,6 +71,10 @@ ACTIONS = {
 COLOURS = ("black", "white", "brown", "red", "blue", "yellow", "green", "orange", "pink")
 THINGS = ("dog", "shirt", "ball", "jacket", "dress", "hat", "car", "horse", "helmet")
 NUMBERS = {"a": "one", "an": "one", "one": "one", "two": "two", "three": "three"}
+CHOICES = {
+    "which colour": COLOURS,
+    "count": ("one", "two", "three"),
+}  # to choose an answer from; of other kinds yes and no
 COUNTED = {"dog": "dogs", "man": "men", "woman": "women", "boy": "boys", "girl": "girls", "horse": "horses"}
 
 Question = tuple[str, str, str]  # kind, question, answer
@@ -137,9 +141,12 @@ def derive(records: Sequence[Record], count: int, seed: int) -> list[dict[str, o
         quota = (count - len(chosen)) // (len(pairs) - number)
         chosen += _take_evenly(pairs[kind], quota, rng)
     return [
-        {"image_id": name, "question": question, "answers": [answer], "question_type": kind, "question_id": i}
+        {
+            "image_id": name, "question": question, "answers": [answer], "choices": list(CHOICES.get(kind, ("yes", "no"))),
+            "question_type": kind, "question_id": i,
+        }
         for i, ((kind, question, answer), name) in enumerate(chosen)
-    ]
+    ]  # fmt: skip
 
 
 def _take_evenly(
