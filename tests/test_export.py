@@ -527,6 +527,8 @@ def test_visual_prompts_say_the_same_to_the_unmodified_language_model(tiny, tmp_
         with torch.no_grad():
             expected = ours.model.visual_prompt(ours.encode([picture(i)]), [""])[0]
         assert torch.equal(found[str(file)], expected)
+    rows = load_file(tmp_path / "out" / "prompt_embeds.safetensors")
+    assert all(torch.equal(rows[name][: len(visual)], visual) for name, visual in found.items())
     said, _ = run_card(tmp_path / "out", monkeypatch)
     assert said.strip() == ours.caption([files[0]], num_beams=1, min_new_tokens=0)[0]
     card = (tmp_path / "out" / "README.md").read_text()

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from qformer.interop.export import export
-from tests.test_export import of_transformers, picture, trained
+from tests.test_asking import TEMPLATE
+from tests.test_export import llama, of_transformers, picture, run_card, run_export, trained
 
 REPO = Path(__file__).resolve().parent.parent
 QUESTION = 'What colour is the "Square"?'
@@ -105,3 +107,22 @@ def test_the_bytes_sent_are_visual_prompt_and_embedded_text(tiny, tmp_path):
         ids = plain.generate(inputs_embeds=sent[None], max_new_tokens=6, eos_token_id=llm._stop_ids)
         expected = ours.caption([picture(i)], prompt, num_beams=1, max_new_tokens=6, min_new_tokens=0)[0]
         assert llm._text(ids[0].tolist()) == expected
+
+
+def test_visual_prompts_of_a_chat_stand_inside_its_template(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "llm"
+    llama(folder, tiny)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    ours = trained(tmp_path, tiny, 2, {}, f"llm.id={folder}", "llm.chat=true", "llm.prompt=what is red")
+    picture().save(tmp_path / "one.png")
+    run_export(tmp_path, tmp_path / "out", "--visual-prompts", tmp_path / "one.png")
+    (row,) = load_file(tmp_path / "out" / "prompt_embeds.safetensors").values()
+    (visual,) = load_file(tmp_path / "out" / "visual_prompts.safetensors").values()
+    before = len(ours.model.llm._before("what is red"))
+    assert before > 0
+    assert torch.equal(row[before : before + len(visual)], visual)
+    printed, _ = run_card(tmp_path / "out", monkeypatch)
+    expected = ours.caption([picture()], num_beams=1, min_new_tokens=0)[0]
+    assert printed.strip() == expected != ""

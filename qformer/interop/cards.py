@@ -7,7 +7,8 @@ from qformer.config import Stage2Part
 from qformer.keys import Report
 from qformer.text import PROMPTS
 
-CARD, REST, VISUAL_PROMPTS = "README.md", "projection.safetensors", "visual_prompts.safetensors"
+CARD, REST = "README.md", "projection.safetensors"
+VISUAL_PROMPTS, PROMPT_EMBEDS = "visual_prompts.safetensors", "prompt_embeds.safetensors"
 
 GENERATION = """
 from PIL import Image
@@ -70,14 +71,13 @@ READ = """
 ids = AutoTokenizer.from_pretrained(".")("{prompt}", return_tensors="pt").input_ids
 words = rest["embeddings.word_embeddings.weight"][ids] + rest["embeddings.position_embeddings.weight"][: ids.shape[1]]"""
 
-PROMPT_EMBEDS = """
+EMBEDDED = """
 import torch
 from safetensors.torch import load_file
 from transformers import {auto}, AutoTokenizer
 
 llm, tokenizer = {auto}.from_pretrained("{llm}"), AutoTokenizer.from_pretrained("{llm}")
-words = llm.get_input_embeddings()(tokenizer("{prompt}", return_tensors="pt").input_ids)[0]
-prompt_embeds = torch.cat([load_file("{file}")["{image}"].to(words), words])
+prompt_embeds = load_file("{file}")["{image}"].to(llm.dtype)
 ids = llm.generate(inputs_embeds=prompt_embeds[None], max_new_tokens={tokens})
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
@@ -92,9 +92,11 @@ A server of the language model that takes prompt embeddings (vLLM: `--enable-pro
 import base64, io
 
 buffer = io.BytesIO()
-torch.save(prompt_embeds.detach(), buffer)
+torch.save(prompt_embeds, buffer)
 embeds = base64.b64encode(buffer.getvalue()).decode()
-client.completions.create(model="{llm}", prompt="", max_tokens={tokens}, extra_body={{"prompt_embeds": embeds}})
+client.completions.create(
+    model="{llm}", prompt=None, max_tokens={tokens}, temperature=0, stop="\\n", extra_body={{"prompt_embeds": embeds}}
+)
 ```
 """
 
@@ -172,11 +174,12 @@ def of_visual_prompts(config: Stage2Part, encoder_decoder: bool, prompt: str, im
     """Card of visual prompts, with an image of theirs as the example; `lora`: the folder has one of the language model."""
     values = {"llm": config.llm.id, "tokens": config.llm.caption_max_new_tokens}
     auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
-    code = PROMPT_EMBEDS.format(auto=auto, prompt=_quoted(prompt), file=VISUAL_PROMPTS, image=_quoted(image), **values)
+    code = EMBEDDED.format(auto=auto, file=PROMPT_EMBEDS, image=_quoted(image), **values)
     return (
         f"# Visual prompts for `{config.llm.id}`\n\n`{VISUAL_PROMPTS}` holds float32[{config.qformer.queries}, Dl] by "
-        "image: what a Q-Former saw, in the language model's input space. Embedded text follows it: "
-        f"[visual prompt; text].{LORA if lora else ''}\n\n```python{code}```\n"
+        f"image: what a Q-Former saw, in the language model's input space. `{PROMPT_EMBEDS}` holds float32[L, Dl] by image: "
+        f'the visual prompt and the embedded text "{_quoted(prompt)}", as the language model reads them; for another text, '
+        f"[visual prompt; text] with its embeddings.{LORA if lora else ''}\n\n```python{code}```\n"
         + ("" if encoder_decoder else SERVER.format(**values))
     )
 
