@@ -4,18 +4,13 @@ QFORMER_VLLM_PYTHON=/path/to/vllm-venv/bin/python python -m pytest tests/test_vl
 """
 
 import os
-import signal
-import socket
 import subprocess
-import time
-import urllib.request
-from pathlib import Path
 
 import pytest
 
 from qformer.interop.export import export
 from tests.test_export import of_transformers, picture, trained
-from tests.test_serving import REPO, example
+from tests.test_serving import REPO, example, running
 
 PYTHON = os.environ.get("QFORMER_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="QFORMER_VLLM_PYTHON names no Python that has vLLM")
@@ -37,7 +32,8 @@ def ours(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    files = [tmp_path_factory.mktemp("pictures") / f"{i}.png" for i in range(3)]
+    folder = tmp_path_factory.mktemp("pictures")
+    files = [folder / f"{i}.png" for i in range(3)]
     for i, file in enumerate(files):
         picture(i).save(file)
     return files
@@ -65,35 +61,18 @@ def test_its_engine_writes_of_an_export_what_ours_writes(ours, pictures, lines, 
 @pytest.fixture
 def plain_server(tmp_path):
     """The language model alone behind HTTP; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     arguments = ["--model", OPT, "--served-model-name", "opt", "--enable-prompt-embeds", "--dtype", "float32"]
-    place = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "128"]
-    log = tmp_path / "server.log"
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *arguments, *place],
-            env=environment(), stdout=out, stderr=out, start_new_session=True,
-        )  # fmt: skip
-    try:
-        wait_for(server, f"http://127.0.0.1:{port}/health", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-
-
-def wait_for(server: subprocess.Popen, address: str, log: Path) -> None:
-    until = time.monotonic() + MINUTES
-    while time.monotonic() < until:
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(address, timeout=5)
-            return
-        except OSError:
-            time.sleep(1)
-    raise TimeoutError(log.read_text()[-3000:])
+    command = [
+        PYTHON,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        *arguments,
+        "--enforce-eager",
+        "--max-model-len",
+        "128",
+    ]
+    with running(command, tmp_path / "server.log", environment(), MINUTES) as address:
+        yield address
 
 
 def test_its_server_of_the_plain_language_model_writes_to_our_client_what_ours_writes(

@@ -58,6 +58,11 @@ from qformer.tuning import ENCODER, LLM_LORA, merge_into_frozen
 
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
+CHAT = (
+    "llm.chat=true: here the visual prompt stands inside the chat template, and transformers' processor and vLLM put it "
+    "before all text; the same texts come from embeddings that are sent whole, see --visual-prompts"
+)
+
 Config = Any  # Stage1Part or Stage2Part, by its `stage`
 
 
@@ -116,6 +121,8 @@ def export(model: Model, config: Config, out: Path, image: Image.Image | None = 
             architecture, keys = _write_qformer(model, config, folder, without_tokenizer)
             keys = keys._replace(notes=tuple(f"{path.name}: {note}" for path, note in learnt.items()))
         keys = keys._replace(notes=(*keys.notes, *_notes_on_tokens(model, config, without_tokenizer)))
+        if converted and model.name == "stage2" and model.llm.chat is not None:
+            keys = keys._replace(notes=(*keys.notes, CHAT))
         features, ours = run_ours(model, image)
         theirs = run_whole(model, folder, image) if converted else run_qformer(model, folder, features)
         differences = {name: difference(ours[name], value) for name, value in theirs.items()}
