@@ -148,6 +148,7 @@ def report(
 ) -> None:  # fmt: skip
     """Print a line a side, and write what was measured; the peer is the fastest of them."""
     seconds = {side: statistics.median(t["seconds"] for t in taken) for side, taken in turns.items()}
+    lowest = {side: min(t["seconds"] for t in taken) for side, taken in turns.items()}
     memory = {side: max(t["peak_bytes"] for t in taken) for side, taken in turns.items()}
     shares = {side: flop[side] / seconds[side] / peak if peak and side in flop else None for side in turns}
     peer = min((side for side in turns if side != "ours"), key=lambda side: seconds[side])
@@ -157,12 +158,18 @@ def report(
         share = (
             "" if shares[side] is None else f"  {shares[side]:4.0%} of the {peak / 1e9:.0f} GFLOP/s of matrix products"
         )
-        gain = "" if side == "ours" else "  {median:.2f} x ours ({min:.2f} to {max:.2f})".format(**ratios[side])
-        print(f"  {side:<13}{seconds[side]:8.3f} s  {memory[side] / 1e9:6.2f} GB{share}{gain}")
+        gain = ""
+        if side != "ours":
+            gain = "  {median:.2f} x ours ({min:.2f} to {max:.2f})".format(**ratios[side])
+            gain += f", lowest against lowest {lowest[side] / lowest['ours']:.2f}"
+        print(
+            f"  {side:<13}{seconds[side]:8.3f} s, lowest {lowest[side]:.3f}  {memory[side] / 1e9:6.2f} GB{share}{gain}"
+        )
     if args.json:
         result = {
             "name": name, "peer": peer, "shapes": shapes, "ratio": ratios[peer],
             "seconds": {"ours": seconds["ours"], "peer": seconds[peer]},
+            "lowest": {"ours": lowest["ours"], "peer": lowest[peer]},
             "peak_bytes": {"ours": memory["ours"], "peer": memory[peer]},
             "share_of_peak": {"ours": shares["ours"], "peer": shares[peer]},
             "flop": {"ours": flop.get("ours"), "peer": flop.get(peer)}, "flop_per_s_of_the_machine": peak,

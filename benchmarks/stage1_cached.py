@@ -11,7 +11,7 @@ from sidebyside import parser, run
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser(__doc__, ("lavis",), rounds=3).parse_args(argv)
+    args = parser(__doc__, ("lavis",)).parse_args(argv)
     run(args, "stage 1, ten epochs with an encoder of ViT-L/14", "stage1_cached", on_cached(args.tiny))
 
 

@@ -8,7 +8,7 @@ from sidebyside import parser, run
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser(__doc__, ("transformers",), rounds=3).parse_args(argv)
+    args = parser(__doc__, ("transformers",)).parse_args(argv)
     asked = {"pictures": 2 if args.tiny else 16, "questions": 5, "llm": language_model("opt", args.tiny)}
     run(args, "VQA, 5 questions a picture", "vqa", {**on_pictures(args.tiny), **asked})
 
