@@ -1,11 +1,12 @@
-"""Show what the queries of a trained adapter look at, and where the image speaks for each word of a text.
+"""Show what a trained adapter's queries look at, and where the image speaks for each word.
 
 python stages/look.py runs/s1/adapter photo.jpg "a red car in front of a house" --out map.png
-python stages/look.py runs/s2/adapter photo.jpg --out map.png                                 # the caption it writes
+python stages/look.py runs/s2/adapter photo.jpg --out map.png                # the caption it writes
 python stages/look.py runs/s2/adapter photo.jpg --question "what colour is the car?" --out map.png
 python stages/look.py runs/s1/adapter photo.jpg --layer 8 --heads max --out map.png --maps maps.npz
 
-Of stage 1 the text is matched with the image; of stage 2 it is a caption or an answer as the language model writes it.
+Of stage 1 the text is matched with the image; of stage 2 it is a caption or an answer as the
+language model writes it.
 How the maps are made, and how far they can be trusted: docs/attention.md.
 """
 

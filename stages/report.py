@@ -1,10 +1,10 @@
-"""Show runs in one HTML file: curves against chance, texts with their images, speed, memory, warnings, configs.
+"""Show runs in one HTML file: curves against chance, texts with images, speed, memory, warnings.
 
 python stages/report.py runs/s1                          # writes runs/s1/report.html
 python stages/report.py runs/a runs/b --out report.html  # two or more runs over each other
 
-The file needs nothing outside itself. A run that still goes on, or was resumed, is shown up to its last line; start it
-in the folder that the run was started in, so that its images can be read.
+The file needs nothing outside itself. A run that still goes on, or was resumed, is shown up to its
+last line; start it in the folder that the run was started in, so that its images can be read.
 """
 
 import argparse

@@ -4,9 +4,9 @@ python stages/web.py runs/demo/stage1 runs/demo/opt
 python stages/web.py runs/demo/stage1 runs/demo/opt --folder ~/Pictures    # search them by words
 python stages/web.py runs/s2/adapter --host 0.0.0.0 --port 8000            # others may use it
 
-Adapters of stage 2 write captions and answers, those of stage 1 match and search: name both of a run.
-It needs pip install 'qformer[web]', listens on this machine alone unless told otherwise, and loads
-nothing from other hosts (docs/web.md).
+Adapters of stage 2 write captions and answers, those of stage 1 match and search: name both of a
+run. It needs pip install 'qformer[web]', listens on this machine alone unless told otherwise, and
+loads nothing from other hosts (docs/web.md).
 """
 
 import argparse
