@@ -1,5 +1,6 @@
 """A stage and its launcher, as real processes: one line for a mistake, and nothing that runs on when it should not."""
 
+import json
 import logging
 import os
 import shlex
@@ -99,6 +100,11 @@ def test_the_launcher_passes_sigterm_on_to_two_processes_and_waits(tiny, tmp_pat
         process.kill()
     assert (tmp_path / f"run/checkpoints/step-{last_step(tmp_path / 'run')}").is_dir()
     assert "Traceback" not in read(tmp_path / "out")
+    kept = [json.loads(line)["message"] for line in (tmp_path / "run/warnings.jsonl").read_text().splitlines()]
+    assert kept[0] == "started"
+    assert len(kept) == len(set(kept)), "the first of the two ranks keeps them"
+    assert "SIGTERM: finishing this step" in " ".join(kept)
+    assert "stopped at step" in kept[-1]
 
 
 def test_a_stage_started_from_a_shell_outlives_it(tiny, tmp_path):
