@@ -102,6 +102,21 @@ def test_captions_are_ranked_by_matching_and_by_the_language_models_loss(desk, p
     assert f"expected 1 to {CANDIDATES}" in refusal(lambda: desk.rank("s1", image, "a\n" * (CANDIDATES + 1)))
 
 
+def test_attention_is_shown_for_every_word_of_the_last_answer_and_for_every_query(desk, pictures):
+    image, model = str(pictures[0]), desk.adapters.models["s2"]
+    look = desk.look("s2", image, "", ("what colour ?", "red square"))
+    maps = model.attention(image, "red square", question="what colour ?")
+    assert [word for _, word in look.words] == maps.words
+    assert len(look.queries) == len(maps.of_queries()) == model.config.qformer.queries
+    assert '"red square", the answer to "what colour ?"' in look.line
+    brightest = np.asarray(look.words[0][0].convert("L").resize(maps.of_words()[0].shape[::-1])).ravel()
+    darkest = int(maps.of_words()[0].argmin())
+    assert brightest[int(maps.of_words()[0].argmax())] >= brightest[darkest]
+    assert [word for _, word in desk.look("s1", image, "a red square", None).words] == ["a", "red", "square"]
+    assert desk.look("s1", image, "", ("what ?", "red")).words == []
+    assert "no picture yet" in refusal(lambda: desk.look("s1", None, "a dot", None))
+
+
 def test_a_folder_is_embedded_once_and_only_what_changed_is_embedded_again(desk, tmp_path, pictures, monkeypatch):
     folder, cache = tmp_path / "mine", tmp_path / "cache"
     folder.mkdir()
@@ -396,7 +411,7 @@ def test_everything_that_calls_a_model_runs_one_at_a_time(desk):
     from qformer.web.page import build_page
 
     queued = [function for function in build_page(desk).fns.values() if function.queue]
-    assert len(queued) >= 7
+    assert len(queued) >= 8
     assert {(function.concurrency_id, function.concurrency_limit) for function in queued} == {("model", 1)}
 
 

@@ -79,6 +79,11 @@ def test_a_picture_is_captioned_asked_matched_and_searched(visit, tiny):
     messages = conversation(page, 4)
     assert (messages[0], messages[2]) == ("what colour ?", "where <b>is</b> it ?")
     assert all(messages)
+    page.get_by_role("tab", name="Attention").click()
+    page.get_by_role("button", name="Show attention").click()
+    page.locator("#look_queries img").nth(3).wait_for()
+    page.locator("#look_words img").first.wait_for()
+    assert 'the answer to "where <b>is</b> it ?"' in page.locator("#look_line").inner_text()
     page.get_by_role("tab", name="Match").click()
     page.get_by_label("Captions, one a line").fill("a red square\na blue square\na <i>dot</i>")
     page.get_by_role("button", name="Rank").click()
@@ -152,14 +157,14 @@ def test_it_is_used_by_keyboard_and_every_control_has_a_label(visit, tiny):
     page.get_by_role("tab", name="Ask").focus()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    page.get_by_label("Captions, one a line").wait_for()
+    page.get_by_label("Attention of").wait_for()
 
 
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit, tiny):
     page = visit(PHONE)
     drop(page, sorted(tiny.records.parent.glob("*.png"))[0])
     caption_of(page)
-    for tab in ("Match", "Search", "Ask"):
+    for tab in ("Attention", "Match", "Search", "Ask"):
         page.get_by_role("tab", name=tab).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     sizes = page.evaluate("[...document.querySelectorAll('textarea, button, label')].filter(e => e.offsetParent !== null)"

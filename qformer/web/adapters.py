@@ -9,11 +9,11 @@ from qformer.config import LlmConfig, Stage2Part
 from qformer.inference import VisionLanguageModel, load
 from qformer.messages import nearest
 
-WRITE, MATCH, SEARCH = "write", "match", "search"
-STAGES = {WRITE: ("stage2",), MATCH: ("stage1", "stage2"), SEARCH: ("stage1",)}  # whose adapters can do it
+WRITE, LOOK, MATCH, SEARCH = "write", "look", "match", "search"
+BOTH = ("stage1", "stage2")
+STAGES = {WRITE: ("stage2",), LOOK: BOTH, MATCH: BOTH, SEARCH: ("stage1",)}  # whose adapters can do it
 LACKS = {
     WRITE: "Captions and answers need an adapter of stage 2",
-    MATCH: "Matching needs an adapter",
     SEARCH: "Search needs an adapter of stage 1",
 }
 

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
+from qformer.attention.picture import images_of, overlay
 from qformer.config import prompt_problem
 from qformer.conversation import answer_next
 from qformer.inference import VisionLanguageModel
 from qformer.objectives import similarity
-from qformer.web.adapters import MATCH, SEARCH, WRITE, Adapters, llm_config
+from qformer.web.adapters import LOOK, MATCH, SEARCH, WRITE, Adapters, llm_config
 from qformer.web.folder import Hit, PictureFolder
-from qformer.web.uploads import Limits, read_upload
+from qformer.web.uploads import Limits, read_upload, shown
 
 TEXT_CHARACTERS, CANDIDATES = 1000, 100
 EMPTY = "(the answer is empty: the language model ended it at once)"
@@ -68,6 +70,19 @@ class Candidate:
     detail: str
 
 
+@dataclass(frozen=True)
+class Look:
+    """Where a model looks: pictures lit up there, each with what it is of.
+
+    Args:
+        line: whose words they are, and how much the queries overlap.
+    """
+
+    line: str
+    words: list[tuple[Image.Image, str]]
+    queries: list[tuple[Image.Image, str]]
+
+
 class Desk:
     """What is behind a page, and nothing of a visitor.
 
@@ -118,12 +133,42 @@ class Desk:
             candidates = _rank_by_match(model, image, texts)
         return sorted(candidates, key=lambda candidate: -candidate.value)
 
+    def look(self, name: str, path: str | None, text: str, turn: tuple[str, str] | None) -> Look:
+        """Where the queries look, and what speaks for each word of a text, or of an answer where there is no text.
+
+        Args:
+            turn: the last question of the conversation and its answer, for an adapter of stage 2.
+
+        Raises: ValueError as `VisionLanguageModel.attention` does.
+        """
+        model, image = self.adapters.choose(LOOK, name), _require(path)
+        question = None
+        if turn is not None and turn[1] and not text.strip() and name in self.adapters.able(WRITE):
+            question, text = turn
+        maps = model.attention(image, text.strip() or None, question=question)
+        pictures = images_of(image, model.transform)
+        of = "the queries alone" if not maps.words else f'"{text.strip()}"'
+        asked = "" if question is None else f', the answer to "{question}"'
+        words = [(_lit(pictures, heat), word) for heat, word in zip(maps.of_words(), maps.words, strict=True)]
+        queries = [(_lit(pictures, heat), f"query {number}") for number, heat in enumerate(maps.of_queries(), 1)]
+        line = f"By {name}: {of}{asked}. Two queries overlap by {maps.overlap():.2f}: 1 = all look at the same."
+        return Look(line, words, queries)
+
     def search(self, name: str, text: str, count: int) -> list[Hit]:
         """The pictures of the folder that are most similar to a text."""
         model = self.adapters.choose(SEARCH, name)
         if self.folder is None:
             raise ValueError("there is no folder to search; start the page with --folder PICTURES")
         return self.folder.search(name, model, _text(text, "text"), count=int(count))
+
+
+def _lit(pictures: Sequence[Image.Image | None], heat: Tensor) -> Image.Image:
+    """The picture lit up by `heat` float[h, w], or a clip's frames by float[K, h, w]."""
+    maps = heat[None] if heat.ndim == 2 else heat
+    top = float(maps.max())
+    lit = shown([overlay(picture, one, top) for picture, one in zip(pictures, maps, strict=True)])
+    assert lit is not None
+    return lit
 
 
 def _rank_by_match(model: VisionLanguageModel, image: str, texts: Sequence[str]) -> list[Candidate]:

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import Any
 
 import gradio as gr
 
 from qformer.messages import one_line
-from qformer.web.adapters import MATCH, SEARCH, WRITE
+from qformer.web.adapters import LOOK, MATCH, SEARCH, WRITE
 from qformer.web.desk import EMPTY, TEXT_CHARACTERS, Desk, Writing
 from qformer.web.style import heading, notice, ranking
 from qformer.web.uploads import shown
@@ -38,6 +39,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                 writer, writing = _writing_controls(desk)
             with gr.Column(scale=6, min_width=320), gr.Tabs():
                 chat = _ask_tab(desk, path=path, turns=turns, writer=writer, writing=writing)
+                looked = _look_tab(desk, path=path, turns=turns, caption=caption)
                 ranked = _match_tab(desk, path)
                 _search_tab(desk)
         able = bool(desk.adapters.able(WRITE))
@@ -52,14 +54,15 @@ def build_page(desk: Desk) -> gr.Blocks:
             except ValueError as error:
                 file, line = None, str(error)
             picture = gr.update(value=image, visible=image is not None)
-            return [file, [], picture, gr.update(value=notice(line, alert=True), visible=bool(line)), "", [], ""]
+            alert = gr.update(value=notice(line, alert=True), visible=bool(line))
+            return [file, [], picture, alert, "", [], "", "", [], []]
 
         def write(file: str | None, name: str, *values: Any) -> str:
             return desk.caption(name, file, Writing(*values)) if file and able else ""
 
         gr.on(
             [upload.upload, upload.clear], _in_words(receive), upload,
-            [path, turns, picture, message, caption, chat, ranked], show_progress_on=[upload], **IN_TURN,
+            [path, turns, picture, message, caption, chat, ranked, *looked], show_progress_on=[upload], **IN_TURN,
         ).success(_in_words(write), [path, writer, *writing], caption, **IN_TURN)  # fmt: skip
         again.click(_in_words(write), [path, writer, *writing], caption, **IN_TURN)
     return page.queue(max_size=QUEUE, api_open=False)
@@ -68,7 +71,8 @@ def build_page(desk: Desk) -> gr.Blocks:
 def _picker(desk: Desk, task: str, label: str) -> gr.Dropdown:
     """Which adapter does it; hidden where there is no choice."""
     names = desk.adapters.able(task)
-    return gr.Dropdown(names, value=names[0] if names else None, label=label, visible=len(names) > 1)
+    first = next(iter([*desk.adapters.able(WRITE), *names] if task == LOOK else names), None)  # answers have words
+    return gr.Dropdown(names, value=first, label=label, visible=len(names) > 1)
 
 
 def _writing_controls(desk: Desk) -> tuple[gr.Dropdown, list[Any]]:
@@ -132,11 +136,41 @@ def _ask_tab(desk: Desk, *, path: gr.State, turns: gr.State, writer: gr.Dropdown
 
 
 def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """The conversation as the Chatbot takes it, which would show a visitor's tags as HTML."""
     return [
-        {"role": role, "content": text or EMPTY}
+        {"role": role, "content": escape(text or EMPTY, quote=False)}
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
+
+
+def _look_tab(desk: Desk, *, path: gr.State, turns: gr.State, caption: gr.Textbox) -> list[Any]:
+    """Where the queries look, and what on the picture speaks for each word."""
+    with gr.Tab("Attention", id="look"):
+        looker = _picker(desk, LOOK, "Attention of")
+        text = gr.Textbox(
+            label="Text", elem_id="looked_for", max_length=TEXT_CHARACTERS,
+            info="whose words are looked for; empty = the last answer, before a question the caption",
+        )  # fmt: skip
+        look = gr.Button("Show attention", variant="primary", elem_id="look")
+        line = gr.HTML(elem_id="look_line")
+        words, queries = (
+            gr.Gallery(
+                label=label, object_fit="contain", interactive=False, buttons=[], height="auto",
+                format="jpeg", elem_id=f"look_{label.lower()}", elem_classes="tiles",
+            )
+            for label in ("Words", "Queries")
+        )  # fmt: skip
+
+    def show(file: str | None, name: str, *rest: Any) -> list[Any]:
+        of, written, before = rest
+        turn = (before[-1][0], before[-1][1]) if before else None
+        maps = desk.look(name, file, of or ("" if turn else written), turn)
+        return [notice(maps.line), maps.words, maps.queries]
+
+    outputs = [line, words, queries]
+    look.click(_in_words(show), [path, looker, text, caption, turns], outputs, **IN_TURN)
+    return outputs
 
 
 def _match_tab(desk: Desk, path: gr.State) -> gr.HTML:
@@ -177,7 +211,6 @@ def _search_tab(desk: Desk) -> None:
         find = gr.Button("Search", variant="primary", elem_id="find", interactive=not lack)
         gallery = gr.Gallery(
             label="Pictures",
-            columns=4,
             object_fit="contain",
             interactive=False,
             buttons=[],

@@ -8,20 +8,23 @@ from qformer.web.desk import Candidate
 CSS = """
 .gradio-container { max-width: 1160px !important; margin: 0 auto !important; }
 #head h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -0.01em; margin: 0.4rem 0 0.1rem; }
-#head p { color: var(--body-text-color-subdued); margin: 0; }
+#head p { opacity: 0.8; margin: 0; }
 #picture img { max-height: 26rem; object-fit: contain; }
 .notice p { border-left: 3px solid var(--primary-500); background: var(--background-fill-secondary);
   border-radius: 4px; padding: 0.5rem 0.75rem; margin: 0; }
 .notice p[role=alert] { border-color: #dc2626; }
 .ranking { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.ranking caption { text-align: left; color: var(--body-text-color-subdued); padding-bottom: 0.3rem; }
+.ranking caption { text-align: left; padding-bottom: 0.3rem; }
 .ranking th { text-align: left; font-weight: 600; }
 .prose .ranking, .prose .ranking tr { border: 0; }
 .prose .ranking :is(th, td) { padding: 0.45rem 0.6rem; border: 0; border-bottom: 1px solid var(--border-color-primary);
   vertical-align: top; overflow-wrap: anywhere; background: none; }
-.ranking td.value { white-space: nowrap; text-align: right; width: 8.5rem; }
+.prose .ranking .value { white-space: nowrap; text-align: right; width: 8.5rem; }
 .ranking .bar { height: 4px; border-radius: 2px; background: var(--primary-500); margin-top: 0.3rem; min-width: 1px; }
-.ranking small { color: var(--body-text-color-subdued); }
+.ranking small { opacity: 0.8; }
+.tiles .grid-wrap { min-height: 0 !important; max-height: none !important; padding-top: 2rem; }
+.tiles .grid-container { grid-template-columns: repeat(auto-fill, minmax(5.6rem, 1fr)) !important; grid-auto-rows: auto !important; }
+#hits .grid-container { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) !important; }
 @media (max-width: 640px) {
   .gradio-container { padding: 0.5rem !important; }
   .prose .ranking :is(th, td) { padding: 0.4rem 0.3rem; }
