@@ -20,7 +20,7 @@ from qformer.build import build_dataset, build_stage1
 from qformer.config import DataConfig, Stage1Config, load_config
 from qformer.config.data import FRAME_POLICIES
 from qformer.data import BrokenRecord, Draw, FeatureCache, Record, RecordDataset, collate, read_records
-from qformer.data.clips import POLICIES, load_frames
+from qformer.data.clips import POLICIES, load_frames, measure_clip
 
 av = pytest.importorskip("av", reason="clips need the extra video (PyAV)")
 
@@ -319,3 +319,20 @@ def test_a_stage_1_model_retrieves_clips(tiny, clips, tmp_path):
     stage_main("evaluate")([*arguments, "--json", str(tmp_path / "out.json")])
     scores = json.loads((tmp_path / "out.json").read_text())["scores"]
     assert set(scores) == {"image_to_text", "text_to_image"}
+
+
+def test_a_playlist_that_is_named_as_a_clip_reads_no_other_file(tmp_path, twenty):
+    """FFmpeg goes by what a file holds: a list of segments would have it read whatever it names."""
+    for name, text in {
+        "list.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{twenty}\n#EXT-X-ENDLIST\n",
+        "concat.mkv": f"ffconcat version 1.0\nfile {twenty.name}\n",
+    }.items():
+        path = twenty.parent / name
+        path.write_text(text)
+        with pytest.raises(BrokenRecord, match=name):
+            load_frames(record(path), 4)
+        with pytest.raises(BrokenRecord, match=name):
+            measure_clip(str(path))
+    seconds, frames = measure_clip(str(twenty))
+    assert frames == 20
+    assert seconds > 0

@@ -15,7 +15,7 @@ POLICIES = {
     "middle": lambda count, n: [(2 * i + 1) * count // (2 * n) for i in range(n)],
 }
 # Files that hold their frames themselves: a playlist, whatever its name ends in, would have others read.
-FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,asf,flv,ogg"
+FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,asf,flv,ogg,gif"
 
 
 def load_frames(
