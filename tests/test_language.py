@@ -418,7 +418,7 @@ def test_starts_may_hold_several_images():
 def test_keys_and_values_with_room_move_as_those_of_transformers():
     torch.manual_seed(0)
     ours, theirs = RoomyLayer(3), DynamicLayer()
-    for i, length in enumerate((5, 1, 2)):
+    for i, length in enumerate((5, 1, 2, 2, 1)):  # six tokens, where room was made for three
         new = torch.randn(2, 6, 2, length, 4)
         if i == 0:  # beams of a row begin alike
             new = new[:, ::3].repeat_interleave(3, 1)

@@ -18,7 +18,7 @@ class RoomyLayer(DynamicLayer):
     within their row, so what they begin with, all that comes by the first `update`, stays where it is.
 
     Args:
-        room: tokens after the first `update`.
+        room: tokens expected after the first `update`; more are copied into more room.
     """
 
     def __init__(self, room: int) -> None:
@@ -34,6 +34,8 @@ class RoomyLayer(DynamicLayer):
             self.buffers = tuple(_with_room(states, self.room) for states in (key_states, value_states))
             self.is_initialized = True
         else:
+            if end > self.buffers[0].shape[2]:  # a rank that is done steps on while another writes longer
+                self.buffers = tuple(_with_room(buffer[:, :, :length], end) for buffer in self.buffers)
             for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
                 buffer[:, :, length:end] = states
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
