@@ -150,7 +150,7 @@ class Desk:
         of = "the queries alone" if not maps.words else f'"{text.strip()}"'
         asked = "" if question is None else f', the answer to "{question}"'
         words = [(_lit(pictures, heat), word) for heat, word in zip(maps.of_words(), maps.words, strict=True)]
-        queries = [(_lit(pictures, heat), f"query {number}") for number, heat in enumerate(maps.of_queries(), 1)]
+        queries = [(_lit(pictures, heat), f"query {number}") for number, heat in enumerate(maps.of_queries())]
         line = f"By {name}: {of}{asked}. Two queries overlap by {maps.overlap():.2f}: 1 = all look at the same."
         return Look(line, words, queries)
 
