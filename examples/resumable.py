@@ -127,8 +127,9 @@ class Experiment:
         start = time.perf_counter()
         code = self._spawn(part.command, log)
         taken = time.perf_counter() - start
-        self.part_seconds[part.name] = self.part_seconds.get(part.name, 0) + taken
-        self._remember()
+        with self._lock:  # parts that run side by side end side by side
+            self.part_seconds[part.name] = self.part_seconds.get(part.name, 0) + taken
+            self._remember()
         if self._stopping:
             raise KeyboardInterrupt
         if code:
