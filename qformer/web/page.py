@@ -62,7 +62,8 @@ def build_page(desk: Desk) -> gr.Blocks:
 
         gr.on(
             [upload.upload, upload.clear], _in_words(receive), upload,
-            [path, turns, picture, message, caption, chat, ranked, *looked], show_progress_on=[upload], **IN_TURN,
+            [path, turns, picture, message, caption, chat, ranked, *looked], show_progress_on=[upload],
+            trigger_mode="always_last", **IN_TURN,  # an upload while the one before is still read is not lost
         ).success(_in_words(write), [path, writer, *writing], caption, **IN_TURN)  # fmt: skip
         again.click(_in_words(write), [path, writer, *writing], caption, **IN_TURN)
     return page.queue(max_size=QUEUE, api_open=False)
