@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,15 @@ def _reason(error: Exception) -> str | None:
     if "Original Traceback" in message:  # raised in a worker: its traceback is the message, the cause its last line
         return message.rstrip().splitlines()[-1].partition(": ")[2]
     return message
+
+
+def require_images(paths: Sequence[str]) -> None:
+    """Say that an image is missing before a model is loaded to look at it.
+
+    Raises: ValueError when one of the paths is no file.
+    """
+    if missing := [path for path in paths if not Path(path).is_file()]:
+        raise ValueError(f"no image {missing[0]}")
 
 
 def start_accelerator(config: "RunPart") -> "Accelerator":

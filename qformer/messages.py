@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+EMPTY_ANSWER = "(the answer is empty: the language model ended it at once)"
+
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:
     """What an error says in one line of at most `limit` characters, cut where a sentence ends, else between words."""

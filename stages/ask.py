@@ -9,11 +9,11 @@ python stages/ask.py runs/s2/adapter clip.mp4 "what happens?"    # pip install '
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from qformer.config.help import HelpFormatter
 from qformer.environment import prepare_environment
+from qformer.messages import EMPTY_ANSWER
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,12 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     from qformer.config import prompt_problem
     from qformer.conversation import answer_next
     from qformer.inference import load
-    from qformer.launch import reported_errors
+    from qformer.launch import reported_errors, require_images
 
     with reported_errors():
         pictures = [args.picture, *args.also]
-        if missing := [picture for picture in pictures if not Path(picture).is_file()]:
-            raise ValueError(f"no image {missing[0]}")
+        require_images(pictures)
         if args.num_beams is not None and args.num_beams < 1:
             raise ValueError(f"--num-beams {args.num_beams}: expected 1 or more")
         if args.prompt is not None and (problem := prompt_problem(args.prompt or " ")):
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 def _print(answer: str) -> None:
     print(answer, flush=True)
     if not answer:
-        print("(the answer is empty: the language model ended it at once)", file=sys.stderr)
+        print(EMPTY_ANSWER, file=sys.stderr)
 
 
 def _read_line() -> str:

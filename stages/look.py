@@ -40,12 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     from qformer.attention.picture import draw_attention, images_of
     from qformer.files import atomic_file
     from qformer.inference import load
-    from qformer.launch import reported_errors
+    from qformer.launch import reported_errors, require_images
 
     with reported_errors():
         pictures = [args.picture, *args.also]
-        if missing := [picture for picture in pictures if not Path(picture).is_file()]:
-            raise ValueError(f"no image {missing[0]}")
+        require_images(pictures)
         for option, path, kinds in (("--out", args.out, (".png", ".jpg", ".webp")), ("--maps", args.maps, (".npz",))):
             if path is not None and (path.suffix.lower() not in kinds or not path.parent.is_dir()):
                 raise ValueError(

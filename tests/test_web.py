@@ -19,9 +19,9 @@ from PIL import Image
 from tiny import run_stage
 
 import qformer
-from qformer.messages import one_line
+from qformer.messages import EMPTY_ANSWER, one_line
 from qformer.web.adapters import Adapters, adapter_names
-from qformer.web.desk import CANDIDATES, EMPTY, Candidate, Desk, Writing
+from qformer.web.desk import CANDIDATES, Candidate, Desk, Writing
 from qformer.web.folder import PictureFolder, list_pictures
 from qformer.web.guard import Guard
 from qformer.web.style import notice, ranking
@@ -66,13 +66,13 @@ def test_it_captions_and_answers_as_the_model_does_and_keeps_the_conversation(de
     model, image = desk.adapters.models["s2"], str(pictures[0])
     default = Writing.of(model)
     assert (default.beams, default.question_prompt) == (model.config.llm.num_beams, model.vqa_prompt)
-    assert desk.caption("s2", image, default) == (model.caption(image)[0] or EMPTY)
+    assert desk.caption("s2", image, default) == (model.caption(image)[0] or EMPTY_ANSWER)
     greedy = Writing(False, 1, 1.0, 0.9, "a photo of", "{}")
-    assert desk.caption("s2", image, greedy) == (model.caption(image, "a photo of", num_beams=1)[0] or EMPTY)
+    assert desk.caption("s2", image, greedy) == (model.caption(image, "a photo of", num_beams=1)[0] or EMPTY_ANSWER)
     turns: list[tuple[str, str]] = []
     first = desk.answer("s2", image, "what colour ?", turns=turns, writing=greedy)
     second = desk.answer("s2", image, "where ?", turns=turns, writing=greedy)
-    assert [(question, answer or EMPTY) for question, answer in turns] == [
+    assert [(question, answer or EMPTY_ANSWER) for question, answer in turns] == [
         ("what colour ?", first),
         ("where ?", second),
     ]

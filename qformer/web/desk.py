@@ -12,13 +12,13 @@ from qformer.attention.picture import images_of, overlay
 from qformer.config import prompt_problem
 from qformer.conversation import answer_next
 from qformer.inference import VisionLanguageModel
+from qformer.messages import EMPTY_ANSWER
 from qformer.objectives import similarity
 from qformer.web.adapters import LOOK, MATCH, SEARCH, WRITE, Adapters, llm_config
 from qformer.web.folder import Hit, PictureFolder
 from qformer.web.uploads import Limits, read_upload, shown
 
 TEXT_CHARACTERS, CANDIDATES = 1000, 100
-EMPTY = "(the answer is empty: the language model ended it at once)"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Desk:
         """A caption of the upload by the adapter `name`; one that the language model left empty says so."""
         model = self.adapters.choose(WRITE, name)
         generation = writing.generation()
-        return model.caption(_require(path), writing.caption_prompt, **generation)[0] or EMPTY
+        return model.caption(_require(path), writing.caption_prompt, **generation)[0] or EMPTY_ANSWER
 
     def answer(
         self, name: str, path: str | None, question: str, *, turns: list[tuple[str, str]], writing: Writing
@@ -117,7 +117,8 @@ class Desk:
         model = self.adapters.choose(WRITE, name)
         settings = {"prompt": writing.question_prompt, **writing.generation()}
         return (
-            answer_next(model, [_require(path)], _text(question, "question"), turns=turns, settings=settings) or EMPTY
+            answer_next(model, [_require(path)], _text(question, "question"), turns=turns, settings=settings)
+            or EMPTY_ANSWER
         )
 
     def rank(self, name: str, path: str | None, lines: str, question: str = "") -> list[Candidate]:

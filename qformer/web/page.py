@@ -7,9 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from qformer.messages import one_line
+from qformer.messages import EMPTY_ANSWER, one_line
 from qformer.web.adapters import LOOK, MATCH, SEARCH, WRITE
-from qformer.web.desk import EMPTY, TEXT_CHARACTERS, Desk, Writing
+from qformer.web.desk import TEXT_CHARACTERS, Desk, Writing
 from qformer.web.style import heading, notice, ranking
 from qformer.web.uploads import shown
 
@@ -139,7 +139,7 @@ def _ask_tab(desk: Desk, *, path: gr.State, turns: gr.State, writer: gr.Dropdown
 def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     """The conversation as the Chatbot takes it, which would show a visitor's tags as HTML."""
     return [
-        {"role": role, "content": escape(text or EMPTY, quote=False)}
+        {"role": role, "content": escape(text or EMPTY_ANSWER, quote=False)}
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
