@@ -350,7 +350,7 @@ def test_the_experiments_noise_has_its_shares_and_its_filter_is_judged_by_what_w
     assert abs(sum(truth.values()) - 400) < 50
     assert abs(vague - 200) < 40
     assert all((row["caption"] == f"train {i}") == truth[row["image_id"]] for i, row in enumerate(noisy))
-    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 100
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 250
     (tmp_path / "scores").mkdir()
     right, wrong = ([name for name, is_right in truth.items() if is_right == kind] for kind in (True, False))
     kept = {name: name in (*right[:30], *wrong[:10]) for name in (*right[:40], *wrong[:60])}
