@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from qformer.config import ModelPart, read_section, read_values
 from qformer.files import atomic_folder, changed_files, write_checksums
 from qformer.lora import PEFT_CONFIG, PEFT_TENSORS, Lora, read_lora
+from qformer.messages import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ TENSORS, OPTIMIZER, STATE, CONFIG, CARD = (
     "README.md",
 )
 CHECKPOINT = (TENSORS, OPTIMIZER, STATE, CONFIG)
+ADAPTER_FILES = ["*.safetensors", "*.yaml", "*.md", "*.json", "SHA256SUMS", "llm_lora/*", "encoder_lora/*"]
 
 
 class Transfer(NamedTuple):
@@ -68,6 +71,30 @@ def save_adapter(folder: Path, adapter: nn.Module, config: str, card: str) -> No
         (scratch / CONFIG).write_text(config)
         (scratch / CARD).write_text(card)
         write_checksums(scratch, (TENSORS, CONFIG, *_lora_files(scratch)))
+
+
+def adapter_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder that `load` reads: itself, the adapter of a run's folder, or a snapshot of a hub id.
+
+    Raises: ValueError when it is none of them.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        patterns = [*ADAPTER_FILES, *(f"adapter/{name}" for name in ADAPTER_FILES)]
+        try:
+            folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} is neither a folder here nor a repository of the hub that can be fetched ({one_line(error)}); "
+                "expected what a run leaves in run.dir/adapter"
+            ) from None
+    if not (folder / TENSORS).is_file() and (folder / "adapter" / TENSORS).is_file():  # a run's folder
+        folder = folder / "adapter"
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} is no adapter folder: it has no config.yaml; expected what a run leaves in run.dir/adapter"
+        )
+    return folder
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:

@@ -1,20 +1,18 @@
 """A trained adapter put to use: captions, answers, embeddings and matching scores, in batches."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qformer.attention import AttentionMaps, attention_of_match, attention_of_text
 from qformer.build import STAGES, build_stage, build_transform
-from qformer.checkpoint import TENSORS, load_strictly, read_adapter
+from qformer.checkpoint import adapter_folder, load_strictly, read_adapter
 from qformer.config import LlmConfig, ModelPart, Stage2Part, model_part, prompt_problem, read_config, read_values
 from qformer.data import Record, clean_question, load_image
 from qformer.data.loading import frames_of, index_images, load_input
@@ -27,7 +25,6 @@ from qformer.text import continue_prompt
 Picture = Image.Image | str | Path | Tensor
 Images = Picture | Sequence[Picture | Sequence[Picture]] | Features
 Rows = list[list[Picture]] | Features
-ADAPTER_FILES = ["*.safetensors", "*.yaml", "*.md", "*.json", "SHA256SUMS", "llm_lora/*", "encoder_lora/*"]
 
 
 def load(path: str | Path, device: str | None = None, revision: str | None = None) -> "VisionLanguageModel":
@@ -41,7 +38,7 @@ def load(path: str | Path, device: str | None = None, revision: str | None = Non
     Raises: ValueError when the folder is no adapter, its tensors do not fit its config, or there is no such device.
     """
     place = _require_device(device)
-    folder = _adapter_folder(path, revision)
+    folder = adapter_folder(path, revision)
     tensors, config = read_adapter(folder), read_model_part(folder)
     if place.type == "cpu" and device and isinstance(config, Stage2Part) and config.llm.quantise != "no":
         raise ValueError(
@@ -76,26 +73,6 @@ def _require_device(device: str | None) -> torch.device:
             f"device={device!r} cannot be used ({one_line(error)}); here there is {', '.join(['cpu', *here])}"
         ) from None
     return torch.device(device)
-
-
-def _adapter_folder(path: str | Path, revision: str | None) -> Path:
-    folder = Path(path).expanduser()
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        patterns = [*ADAPTER_FILES, *(f"adapter/{name}" for name in ADAPTER_FILES)]
-        try:
-            folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is neither a folder here nor a repository of the hub that can be fetched ({one_line(error)}); "
-                "expected what a run leaves in run.dir/adapter"
-            ) from None
-    if not (folder / TENSORS).is_file() and (folder / "adapter" / TENSORS).is_file():  # a run's folder
-        folder = folder / "adapter"
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(
-            f"{folder} is no adapter folder: it has no config.yaml; expected what a run leaves in run.dir/adapter"
-        )
-    return folder
 
 
 class VisionLanguageModel:

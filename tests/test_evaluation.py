@@ -16,6 +16,7 @@ from tiny import TWO_RANKS, run_stage
 from qformer import evaluation
 from qformer.data import read_records
 from qformer.evaluation import TASKS, Scores, Task, vqa
+from qformer.evaluation.command import fingerprint
 
 REPO = Path(__file__).resolve().parent.parent
 evaluate = stage_main("evaluate")
@@ -250,6 +251,7 @@ def test_answers_to_something_else_are_refused(adapter, questions, tmp_path, cap
         (retrained / path.name).write_bytes(path.read_bytes() + (b" " if path.suffix == ".safetensors" else b""))
     arguments = [str(retrained), questions, "--limit", "2", "--answers", answers, "--mode", "text-only"]
     assert "was begun with adapter" in refused("evaluate", arguments, capsys)
+    assert fingerprint(str(tmp_path)).split()[1] == fingerprint(str(retrained)).split()[1]  # a run by its folder too
 
 
 def test_broken_images_are_left_out_and_counted(adapter, questions, tmp_path, capsys):

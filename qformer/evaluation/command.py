@@ -150,9 +150,14 @@ def _require_writable(*files: Path | None) -> None:
 
 
 def fingerprint(adapter: str) -> str:
-    """What tells the trained weights of an adapter from others."""
+    """What tells the trained weights of an adapter from others.
+
+    Raises: ValueError as `adapter_folder` does.
+    """
+    from qformer.checkpoint import adapter_folder  # not where predictions are scored, without torch
+
     digest = hashlib.sha256(b"")
-    for path in sorted(Path(adapter).glob("*.safetensors")):
+    for path in sorted(adapter_folder(adapter).glob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"{os.path.basename(os.path.abspath(adapter))} {digest.hexdigest()[:12]}"
