@@ -70,7 +70,7 @@ def _row(experiment: Experiment, journey: "Journey", name: str, row: "Row") -> d
         tokens = manifest["features"]["num_tokens"] if row.pooled == "null" else int(row.pooled)
     return {
         "title": row.title,
-        "captions": {key: captions["scores"][key] for key in captions["scores"]},
+        "captions": captions["scores"],
         "photographs": captions["n"],
         "validation_loss": {str(int(step)): loss for step, loss in run.points("validation_lm")},
         "steps": run.step,
