@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from qformer.environment import prepare_environment
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -41,6 +43,8 @@ def serve(module: str, folder: Path, requests: Iterable[str], replies: TextIO) -
     """Answer "check", "count" and "step ROUND" with a line of JSON each; the first line says that the model is there."""
     task = json.loads((folder / "task.json").read_text())
     torch.set_num_threads(task["threads"])
+    if module == "sides.ours":
+        prepare_environment()  # as every stage does
     side = importlib.import_module(module).build(folder, task)
     cuda = task["device"] == "cuda"
     fresh = True

@@ -35,8 +35,6 @@ class Side:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(task["threads"]), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        if module == "ours":
-            environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as a stage sets it
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [python, "-m", "serving", module, str(folder)],

@@ -1,8 +1,22 @@
-"""What a stage sets in the environment before torch is imported; `import qformer` sets nothing."""
+"""What a stage sets in its process before torch is imported; `import qformer` sets nothing."""
 
+import ctypes
 import os
+import sys
+
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of mallopt(3)
 
 
 def prepare_environment() -> None:
-    """Huge pages for PyTorch's large blocks: a training step on CPUs takes less time and memory. The user's setting wins."""
+    """Memory for training on CPUs: huge pages for PyTorch's large blocks, and what is freed is kept for the next step.
+
+    By default glibc gives every large block back to the kernel, which clears it anew in each step: a tenth to a fifth of
+    a step's time on two cores (benchmarks/README.md). The user's own settings win.
+    """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    own = {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
+    if sys.platform == "linux" and not own:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(MMAP_MAX, 0)
+            mallopt(TRIM_THRESHOLD, -1)

@@ -1,6 +1,7 @@
 """What `pip install qformer` gives without the clone: stages as modules, configs by name, the weights of Shapes."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -144,3 +145,27 @@ def test_huge_pages_are_asked_for_before_torch_is_imported(stage, tmp_path):
     config += [f"data.train=[{tmp_path}]", "data.validation=[]", "data.features=null"]
     done = started(stage, *arguments.get(stage, config))
     assert "torch with 1" in done.stdout, done.stderr
+
+
+ALLOCATE = """
+import resource, sys
+from qformer.environment import prepare_environment
+prepare_environment()
+import torch
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (3_000_000, 30_000_000, 300_000):
+        blocks = [torch.zeros(size) for _ in range(3)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([step() for _ in range(5)][-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+def test_memory_that_a_step_frees_is_kept_for_the_next_unless_the_user_says_otherwise(own):
+    environment = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "GLIBC_TUNABLES"}
+    environment |= {"THP_MEM_ALLOC_ENABLE": "0", **own}  # pages of 4 KB: 100 MB are 25,000 of them
+    done = subprocess.run([sys.executable, "-c", ALLOCATE], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 5000 if own else int(done.stdout) < 100

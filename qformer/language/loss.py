@@ -28,5 +28,6 @@ def loss_of_rows(logits: Tensor, labels: Tensor) -> LanguageLoss:
 
 def loss_of_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     """float32[B, T] of the same, 0 where nothing is to be predicted."""
-    labels = labels.to(logits.device)
-    return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    rows = logits.float().flatten(0, 1)  # [B * T, V]: words side by side, so that the softmax needs no copy of them
+    losses = F.cross_entropy(rows, labels.to(rows.device).flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.view(labels.shape)
