@@ -19,8 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from qformer.environment import prepare_environment
-
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -44,6 +42,8 @@ def serve(module: str, folder: Path, requests: Iterable[str], replies: TextIO) -
     task = json.loads((folder / "task.json").read_text())
     torch.set_num_threads(task["threads"])
     if module == "sides.ours":
+        from qformer.environment import prepare_environment  # which peers in environments of their own lack
+
         prepare_environment()  # as every stage does
     side = importlib.import_module(module).build(folder, task)
     cuda = task["device"] == "cuda"
