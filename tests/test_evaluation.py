@@ -110,6 +110,12 @@ def test_empty_answers_of_people_count(tmp_path):
     assert scored(tmp_path, *arguments)["scores"]["overall"] == pytest.approx(60)
 
 
+def test_empty_answers_of_a_model_are_warned_of(tmp_path, capsys):
+    records = textual(tmp_path, {"answers": ["a"]}, {"answers": ["b"]}, {"answers": ["c"]})
+    evaluate(["--predictions", predicted(tmp_path, "a", "", ""), records])
+    assert "warning: 2 of 3 answers are empty; if a model ended them at once, give" in capsys.readouterr().err
+
+
 def test_a_question_id_that_stands_twice_is_warned_of(tmp_path, capsys):
     records = textual(tmp_path, {"question_id": 7, "answers": ["a"]}, {"question_id": 7, "answers": ["b"]})
     evaluate(["--predictions", predicted(tmp_path, "a", ids=[7]), records])

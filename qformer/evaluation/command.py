@@ -80,7 +80,7 @@ def evaluate(
     if submit:
         write_submission(submit, kind, texts, outputs)
     scores = _score(kind, texts, outputs, rule)
-    _report(kind, chosen, scores, broken=broken, source=str(predictions) if predictions else mode)
+    _report(kind, chosen, scores, outputs=outputs, broken=broken, source=str(predictions) if predictions else mode)
     if alike:
         print(alike)
     if protocol.reported:
@@ -187,7 +187,9 @@ def _broken_down(scores: Scores, noun: str) -> list[str]:
     ]
 
 
-def _report(task: Task, chosen: Chosen, scores: Scores | None, *, broken: list[str], source: str) -> None:
+def _report(
+    task: Task, chosen: Chosen, scores: Scores | None, *, outputs: Sequence[Any], broken: list[str], source: str
+) -> None:  # fmt: skip
     texts = chosen.texts
     if scores:
         values = _flat(scores.values)
@@ -206,6 +208,9 @@ def _report(task: Task, chosen: Chosen, scores: Scores | None, *, broken: list[s
     warnings = list(scores.warnings) if scores else []
     if broken:
         warnings.append(f"{len(broken)} broken images were left out, the first: {broken[0]}")
+    if empty := sum(output == "" for output in outputs):
+        way = "give --choose-from, --prompt or --num-beams 1" if "choose_from" in task.options else "give --prompt"
+        warnings.append(f"{empty} of {len(texts)} {task.output_field}s are empty; if a model ended them at once, {way}")
     if unscored := sum(not task.has_reference(record) for record in texts):
         warnings.append(f"{unscored} of {len(texts)} records have no {task.reference_noun} to score by")
     if chosen.without_split:
