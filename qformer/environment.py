@@ -14,8 +14,13 @@ def prepare_environment() -> None:
     a step's time on two cores (benchmarks/README.md). The user's own settings win.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    own = {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
-    if sys.platform == "linux" and not own:
+    settings = {
+        "MALLOC_MMAP_MAX_",
+        "MALLOC_MMAP_THRESHOLD_",
+        "MALLOC_TRIM_THRESHOLD_",
+        "GLIBC_TUNABLES",
+    } & os.environ.keys()
+    if sys.platform == "linux" and not settings:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt is not None:
             mallopt(MMAP_MAX, 0)
