@@ -338,6 +338,24 @@ def test_jobs_that_start_together_do_not_take_each_others_beginning_for_other_fi
         shards_module.Shards(tmp_path / "other", records, count=4, size=2, form="jsonl", made_of={"seed": 0})
 
 
+def test_processes_that_end_together_do_not_stumble_over_each_others_tidying(web, tmp_path):
+    records = read_records([str(web)])
+    shards = shards_module.Shards(tmp_path / "out", records, count=4, size=2, form="jsonl", made_of={"seed": 0})
+    shards.begin()
+    for number in range(shards.count):
+        shards.save(number, [])
+
+    def run() -> None:
+        for _ in range(200):
+            shards.begin()
+            shards.join()
+
+    context = multiprocessing.get_context("fork")
+    assert exit_codes([context.Process(target=run) for _ in range(3)]) == [0, 0, 0]
+    assert shards.join() == str(tmp_path / "out/records.jsonl")
+    assert not (tmp_path / "out/locks").exists()
+
+
 def test_the_experiments_noise_has_its_shares_and_its_filter_is_judged_by_what_was_planted(tmp_path):
     experiment = importlib.import_module("capfilt")  # of examples/shapes
     for split in ("train", "validation"):

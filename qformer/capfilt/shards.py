@@ -55,7 +55,8 @@ class Shards:
         """Make the folders; for each process."""
         begin_folder(self.folder, self.made_of)
         for name in ("scores", "locks", *(["shards"] if self.form == LINES else [])):
-            (self.folder / name).mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # `exist_ok` looks again, and another may have removed the locks
+                (self.folder / name).mkdir()
 
     def kept_file(self, number: int) -> Path:
         """Where the kept records of a shard stand; once it is there the shard is done."""
@@ -128,9 +129,14 @@ class Shards:
                 for number in range(self.count):
                     with self.kept_file(number).open("rb") as file:
                         shutil.copyfileobj(file, whole)
-        for left in self.folder.rglob(f".*{PARTIAL}"):  # of processes that were killed
-            if not left.name.startswith((f".{RECORDS}", ".summary")):
-                left.unlink(missing_ok=True)
+        for folder in (
+            self.folder,
+            self.folder / "scores",
+            self.folder / "shards",
+        ):  # not locks: another may remove it now
+            for left in folder.glob(f".*{PARTIAL}"):  # of processes that were killed
+                if not left.name.startswith((f".{RECORDS}", ".summary")):
+                    left.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "locks", ignore_errors=True)
         return str(self.folder / ("*.tar" if self.form == TARS else RECORDS))
 
