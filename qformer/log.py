@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 TIMING_FIELDS = ("samples_per_s", "tokens_per_s", "seconds", "eta", "data_wait", "memory_bytes")
 # Relative to chance: a mean this close to it is "at chance"; one that fell by more than this over WINDOWS is falling.
 CHANCE_BAND, CHANCE_FALL, WINDOWS = 0.02, 0.005, 4
-COLLAPSED = 0.95  # mean cosine of the queries of an image from which on they are one
+ALIKE = 0.95  # mean cosine of the queries of an image from which on they are copies
+FEW = 0.25  # their effective rank, as a share of their number, below which they are copies of a few
 # The parts of an adapter whose gradients are told apart, each with what the names of its parameters match; the first fits.
 PARTS = {
     "llm_lora": r"^llm_lora\.",
@@ -302,25 +303,30 @@ class ChanceWatch:
 
 
 class CollapseWatch:
-    """Reports in plain words, once, that the queries of an image have become copies of one vector.
+    """Reports in plain words, once, that the queries of an image have become copies of one vector or of a few.
+
+    Dropout keeps copies apart that are equal without it, so that validation sees what training does not.
 
     Args:
+        queries: of an image.
         after_step: values up to this step (the warm-up) are not looked at.
     """
 
-    def __init__(self, after_step: int):
-        self.after_step, self._reported = after_step, False
+    def __init__(self, queries: int, after_step: int):
+        self.queries, self.after_step, self._reported = queries, after_step, False
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """Take the means of a logged step and return the warning, if it is due."""
-        cosine = metrics.get("query_output_cosine", 0.0)
-        if self._reported or step <= self.after_step or cosine < COLLAPSED:
+    def update(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
+        """Take the means of a logged step, or of a validation, and return the warning, if it is due."""
+        prefix = "validation_" if "validation_query_effective_rank" in metrics else ""
+        cosine = metrics.get(f"{prefix}query_output_cosine", 0.0)
+        rank = metrics.get(f"{prefix}query_effective_rank", float(self.queries))
+        if self._reported or step <= self.after_step or not (cosine > ALIKE or rank < FEW * self.queries):
             return []
         self._reported = True
         return [
-            f"the queries of an image have become one: their outputs have a mean cosine of {cosine:.3g} and an effective rank "
-            f"of {metrics['query_effective_rank']:.3g}, so that a language model would read copies of one vector; "
-            "stage1.diversity=0.2 keeps them apart at no cost to the other objectives"
+            f"the {self.queries} queries of an image have become copies: their outputs have an effective rank of {rank:.3g} and "
+            f"a mean cosine of {cosine:.3g}, so that a language model would read few vectors many times; stage1.diversity=0.2 "
+            "keeps them apart at no cost to the other objectives, qformer.dropout=0 where it does not"
         ]
 
 

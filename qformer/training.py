@@ -127,7 +127,7 @@ class _Run:
         self.watch = ChanceWatch(
             self.chance, patience_steps=max(20, options.log_every_steps), after_step=o.warmup_steps
         )
-        self.collapse = CollapseWatch(after_step=o.warmup_steps)
+        self.collapse = CollapseWatch(config.qformer.queries, after_step=o.warmup_steps)
         if accelerator.is_main_process:
             (self.run_dir / "config.yaml").write_text(self.config_yaml)
         if config.run.trackers:
@@ -239,6 +239,8 @@ class _Run:
         if results is None:
             return False
         self.log.log(step, results)
+        for warning in self.collapse.update(step, results):
+            logger.warning(warning)
         self.accelerator.log({k: v for k, v in results.items() if isinstance(v, float)}, step=step)
         if self.accelerator.is_main_process:
             logger.info("validation at step %d: %s", step, describe_validation(results))

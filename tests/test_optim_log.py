@@ -204,14 +204,26 @@ def test_chance_watch_judges_a_trend_and_names_repeated_captions(every):
 
 
 def test_queries_that_have_become_one_are_reported_once_after_the_warm_up():
-    watch = CollapseWatch(after_step=100)
-    metrics = {"query_output_cosine": 0.999, "query_effective_rank": 1.7}
+    watch = CollapseWatch(8, after_step=100)
+    metrics = {"query_output_cosine": 0.999, "query_effective_rank": 2.4}
     assert watch.update(100, metrics) == []
     assert watch.update(120, {"query_output_cosine": 0.9, "query_effective_rank": 3.0}) == []
     (warning,) = watch.update(140, metrics)
-    assert "mean cosine of 0.999 and an effective rank of 1.7" in warning
+    assert "effective rank of 2.4 and a mean cosine of 0.999" in warning
     assert "stage1.diversity=0.2" in warning
     assert watch.update(160, metrics) == []
+
+
+def test_queries_that_have_become_two_are_reported_by_validation_which_has_no_dropout():
+    watch = CollapseWatch(16, after_step=100)
+    assert watch.update(200, {"query_output_cosine": 0.34, "query_effective_rank": 12.2}) == []
+    validated = {"validation_itc": 1.9, "captions": [], "validation_query_output_cosine": 0.488}
+    (warning,) = watch.update(200, {**validated, "validation_query_effective_rank": 2.16})
+    assert "16 queries" in warning
+    assert "effective rank of 2.16" in warning
+    assert (
+        CollapseWatch(16, after_step=0).update(50, {"validation_lm": 3.0, "validation_query_effective_rank": 8.5}) == []
+    )
 
 
 # ---- what is measured ----
