@@ -320,7 +320,7 @@ class CollapseWatch:
         prefix = "validation_" if "validation_query_effective_rank" in metrics else ""
         cosine = metrics.get(f"{prefix}query_output_cosine", 0.0)
         rank = metrics.get(f"{prefix}query_effective_rank", float(self.queries))
-        if self._reported or step <= self.after_step or not (cosine > ALIKE or rank < FEW * self.queries):
+        if self._reported or step <= self.after_step or not (cosine >= ALIKE or rank < FEW * self.queries):
             return []
         self._reported = True
         return [

@@ -221,9 +221,8 @@ def test_queries_that_have_become_two_are_reported_by_validation_which_has_no_dr
     (warning,) = watch.update(200, {**validated, "validation_query_effective_rank": 2.16})
     assert "16 queries" in warning
     assert "effective rank of 2.16" in warning
-    assert (
-        CollapseWatch(16, after_step=0).update(50, {"validation_lm": 3.0, "validation_query_effective_rank": 8.5}) == []
-    )
+    apart = {"validation_query_output_cosine": 0.5, "validation_query_effective_rank": 8.5}
+    assert CollapseWatch(16, after_step=0).update(50, apart) == []
 
 
 # ---- what is measured ----

@@ -58,9 +58,7 @@ class Work:
 
     def estimate(self) -> float:
         """Seconds a record, measured on the first batch that is to be done; nothing of it is kept."""
-        missing = self.shards.missing()
-        if not missing:  # others wrote the last ones while the models loaded
-            return 0.0
+        missing = self.shards.missing() or [0]  # none, where others wrote the last ones while the models loaded
         numbers = list(self.shards.members(missing[0]))[: self.batch_size]
         self._judge([self.images[numbers[0]]])  # what is only slow the first time
         began_at = time.monotonic()

@@ -129,12 +129,8 @@ class Shards:
                 for number in range(self.count):
                     with self.kept_file(number).open("rb") as file:
                         shutil.copyfileobj(file, whole)
-        for folder in (
-            self.folder,
-            self.folder / "scores",
-            self.folder / "shards",
-        ):  # not locks: another may remove it now
-            for left in folder.glob(f".*{PARTIAL}"):  # of processes that were killed
+        for name in (".", "scores", "shards"):  # not the locks: another process may be removing them
+            for left in (self.folder / name).glob(f".*{PARTIAL}"):  # of processes that were killed
                 if not left.name.startswith((f".{RECORDS}", ".summary")):
                     left.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "locks", ignore_errors=True)
