@@ -28,6 +28,7 @@ from qformer.web.style import notice, ranking
 from qformer.web.uploads import Limits, read_upload, shown
 
 REPO = Path(__file__).resolve().parent.parent
+WRITTEN = ["s2", False, 1, 1.0, 0.9, "", "{}"]  # adapter and settings of an upload's caption
 PRINTED = re.compile(r"http://127\.0\.0\.1:(\d+)")
 
 
@@ -371,7 +372,7 @@ def test_a_form_that_names_a_file_of_the_server_is_refused(served, tiny):
     for path in secrets:
         for data in ([form(path)], [[form(path)]], [{"video": form(path)}]):
             assert served.join("thief", "upload", data) == 403
-    assert served.join("honest", "upload", [form(kept)]) == 200
+    assert served.join("honest", "upload", [form(kept), *WRITTEN]) == 200
     assert served.messages("honest")[-2]["success"]
 
 
@@ -387,7 +388,7 @@ def test_visitors_wait_in_one_queue_and_are_told_their_place_and_for_how_long(se
     sessions = [f"waiting{n}" for n in range(6)]
     for session in sessions:
         kept = served.upload("00.png", image)
-        assert served.join(session, "upload", [form(kept)]) == 200
+        assert served.join(session, "upload", [form(kept), *WRITTEN]) == 200
         served.messages(session)
     for session in sessions:
         assert served.join(session, "rank", [None, "s1", lines, ""]) == 200

@@ -1,7 +1,8 @@
 """The page: what is on it, and which control starts what. It knows Gradio and nothing of models; `desk.py` does the work."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from typing import Any
 
@@ -46,26 +47,35 @@ def build_page(desk: Desk) -> gr.Blocks:
         again.interactive = able
         caption.placeholder = "" if able else desk.adapters.lack(WRITE)
 
-        def receive(file: str | None) -> list[Any]:
-            """Shows an upload, or why it is refused; whatever belonged to the one before is gone."""
-            image, line = None, ""
-            try:
-                image = shown(desk.receive(file)) if file else None
-            except ValueError as error:
-                file, line = None, str(error)
-            picture = gr.update(value=image, visible=image is not None)
-            alert = gr.update(value=notice(line, alert=True), visible=bool(line))
-            return [file, [], picture, alert, "", [], "", "", [], []]
+        # An upload is one event with its caption. Gradio 6 closes a visitor's stream when no event is left, and never answers
+        # one that begins in that moment, as a caption of its own did beside the next upload.
+        def receive(file: str | None, name: str, *values: Any) -> Iterator[dict[Any, Any]]:
+            """Shows an upload, or why it is refused, then its caption; whatever belonged to the one before is gone."""
+            with _in_words():
+                image, line = None, ""
+                try:
+                    image = shown(desk.receive(file)) if file else None
+                except ValueError as error:
+                    file, line = None, str(error)
+                yield {
+                    path: file, turns: [], chat: [], caption: "", ranked: "", message: _alert(line),
+                    picture: gr.update(value=image, visible=image is not None),
+                    **dict(zip(looked, ("", [], []), strict=True)),
+                }  # fmt: skip
+                try:
+                    yield {caption: write(file, name, *values)}
+                except ValueError as error:  # as an error of Gradio it would cost the upload that waits behind this one
+                    yield {message: _alert(one_line(error))}
 
         def write(file: str | None, name: str, *values: Any) -> str:
             return desk.caption(name, file, Writing(*values)) if file and able else ""
 
         gr.on(
-            [upload.upload, upload.clear], _in_words(receive), upload,
-            [path, turns, picture, message, caption, chat, ranked, *looked], show_progress_on=[upload],
+            [upload.upload, upload.clear], receive, [upload, writer, *writing],
+            [path, turns, picture, message, caption, chat, ranked, *looked], show_progress_on=[upload, caption],
             trigger_mode="always_last", **IN_TURN,  # an upload while the one before is still read is not lost
-        ).success(_in_words(write), [path, writer, *writing], caption, **IN_TURN)  # fmt: skip
-        again.click(_in_words(write), [path, writer, *writing], caption, **IN_TURN)
+        )  # fmt: skip
+        again.click(_in_words()(write), [path, writer, *writing], caption, **IN_TURN)
     return page.queue(max_size=QUEUE, api_open=False)
 
 
@@ -104,7 +114,7 @@ def _writing_controls(desk: Desk) -> tuple[gr.Dropdown, list[Any]]:
         w = Writing.of(desk.adapters.choose(WRITE, name))
         return [w.sample, w.beams, w.temperature, w.top_p, w.caption_prompt, w.question_prompt]
 
-    writer.input(_in_words(defaults), writer, controls, queue=False, api_visibility="private")
+    writer.input(_in_words()(defaults), writer, controls, queue=False, api_visibility="private")
     return writer, controls
 
 
@@ -131,7 +141,7 @@ def _ask_tab(desk: Desk, *, path: gr.State, turns: gr.State, writer: gr.Dropdown
         return [conversation, _messages(conversation), ""]
 
     for start in (ask.click, question.submit):
-        start(_in_words(answer), [path, turns, writer, question, *writing], [turns, chat, question], **IN_TURN)
+        start(_in_words()(answer), [path, turns, writer, question, *writing], [turns, chat, question], **IN_TURN)
     gr.on([anew.click, chat.clear], lambda: ([], []), None, [turns, chat], queue=False, api_visibility="private")
     return chat
 
@@ -170,7 +180,7 @@ def _look_tab(desk: Desk, *, path: gr.State, turns: gr.State, caption: gr.Textbo
         return [notice(maps.line), maps.words, maps.queries]
 
     outputs = [line, words, queries]
-    look.click(_in_words(show), [path, looker, text, caption, turns], outputs, **IN_TURN)
+    look.click(_in_words()(show), [path, looker, text, caption, turns], outputs, **IN_TURN)
     return outputs
 
 
@@ -192,7 +202,7 @@ def _match_tab(desk: Desk, path: gr.State) -> gr.HTML:
         candidates = desk.rank(name, file, text, asked)
         return ranking(candidates, f"{len(candidates)} texts by {name}, the best first")
 
-    rank.click(_in_words(order), [path, matcher, lines, question], table, **IN_TURN)
+    rank.click(_in_words()(order), [path, matcher, lines, question], table, **IN_TURN)
     return table
 
 
@@ -223,20 +233,22 @@ def _search_tab(desk: Desk) -> None:
         return [(hit.thumbnail, f"{hit.cosine:.2f} {hit.name}") for hit in desk.search(name, sought, most)]
 
     for start in (find.click, text.submit):
-        start(_in_words(search), [searcher, text, number], gallery, **IN_TURN)
+        start(_in_words()(search), [searcher, text, number], gallery, **IN_TURN)
 
 
-def _in_words(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The handler, whose errors reach the visitor in one line; one that is no visitor's is written to the log as well."""
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """In it, and in a function that it decorates, errors reach the visitor in one line; one that is no visitor's is logged."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(one_line(error), title="Not done", duration=None, print_exception=False) from None
+    except Exception as error:
+        logger.exception("the page: %s", one_line(error))
+        line = "Something went wrong here; whoever started the page sees what in its terminal."
+        raise gr.Error(line, title="Not done", duration=None, print_exception=False) from None
 
-    def run(*values: Any) -> Any:
-        try:
-            return handler(*values)
-        except ValueError as error:
-            raise gr.Error(one_line(error), title="Not done", duration=None, print_exception=False) from None
-        except Exception as error:
-            logger.exception("the page: %s", one_line(error))
-            line = "Something went wrong here; whoever started the page sees what in its terminal."
-            raise gr.Error(line, title="Not done", duration=None, print_exception=False) from None
 
-    return run
+def _alert(line: str) -> dict[str, Any]:
+    """The update of the line under the upload, which is hidden where there is nothing to say."""
+    return gr.update(value=notice(line, alert=True), visible=bool(line))
