@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,22 @@ def test_max_pixels_lifts_and_lowers_the_bound(monkeypatch):
     pixels = ImageTransform(8, (0.5,) * 3, (0.5,) * 3, max_pixels=24).apply(colours(), np.random.default_rng(0))
     assert pixels.shape == (3, 8, 8)
     assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_threads_that_decode_side_by_side_keep_the_bound(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    small, large = saved(colours()), saved(Image.new("RGB", (20, 20)))
+
+    def refused(n: int) -> bool:
+        try:
+            load_image(record(large if n % 2 else small))
+        except BrokenRecord as broken:
+            return "400 pixels are more than 100" in str(broken)
+        return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(refused, range(4000))) == [n % 2 == 1 for n in range(4000)]
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared")

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from qformer.data.bounds import pixel_bound
 from qformer.data.records import BrokenRecord, Record
 
 # Which frames of `count` stand for a clip, at most n of them: the first of n equal parts, as BLIP has it, or their middles.
@@ -37,10 +38,10 @@ def load_frames(
         the decoder gives RGB.
     """
     av = _import_av()
-    limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     try:
         images: list[Image.Image] = []
-        count = _count_frames(av, record, limit)
+        with pixel_bound(max_pixels) as bound:
+            count = _count_frames(av, record, bound)
         while not images:
             images, decoded = _decode(av, record, set(POLICIES[policy](count, frames)), count)
             count = decoded  # the headers promised more than there are
@@ -81,15 +82,15 @@ def _open(av: Any, record: Record) -> Any:
     return av.open(file, options={"format_whitelist": FORMATS})
 
 
-def _count_frames(av: Any, record: Record, limit: int | None) -> int:
+def _count_frames(av: Any, record: Record, bound: int | None) -> int:
     """How many frames the file holds, by its packets: nothing is decoded."""
     with _open(av, record) as clip:
         if not clip.streams.video:
             raise ValueError("the file has no video in it")
         stream = clip.streams.video[0]
         width, height = stream.codec_context.width, stream.codec_context.height
-        if limit is not None and width * height > limit:
-            raise ValueError(f"frames of {width} x {height} pixels are more than {limit}; set data.max_pixels higher")
+        if bound is not None and width * height > bound:
+            raise ValueError(f"frames of {width} x {height} pixels are more than {bound}; set data.max_pixels higher")
         count = sum(packet.size > 0 for packet in clip.demux(stream))
         if stream.frames > count:
             raise ValueError(f"the file ends after {count} of {stream.frames} frames")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
+from qformer.data.bounds import pixel_bound
 from qformer.data.clips import POLICIES
 from qformer.data.records import BrokenRecord, Record
 
@@ -44,32 +44,31 @@ def load_image(image: Record | Image.Image, max_pixels: int | None = None) -> Im
 
     Raises: BrokenRecord when a file is missing, empty, truncated or no image, or has more than `max_pixels`.
     """
-    limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     name = image.image if isinstance(image, Record) else getattr(image, "filename", "") or "the image"
     try:
-        with _pixel_limit(None):
+        with pixel_bound(max_pixels) as bound:
             if isinstance(image, Image.Image):
-                return _decode(image, limit)
+                return _decode(image, bound)
             try:
                 with Image.open(image.image if image.image_bytes is None else io.BytesIO(image.image_bytes)) as file:
-                    return _decode(file, limit)
+                    return _decode(file, bound)
             except ValueError:  # of a long text in a PNG too, which is no reason to lose the image
                 content = _without_texts(image)
                 if content is None:
                     raise
                 with Image.open(io.BytesIO(content)) as file:
-                    return _decode(file, limit)
+                    return _decode(file, bound)
     except MemoryError:
         raise
     except Exception as error:  # the decoders raise every kind of exception on damaged bytes
         raise BrokenRecord(str(name), f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _decode(image: Image.Image, limit: int | None) -> Image.Image:
+def _decode(image: Image.Image, bound: int | None) -> Image.Image:
     pixels = image.width * image.height
-    if limit is not None and pixels > limit:
+    if bound is not None and pixels > bound:
         raise Image.DecompressionBombError(
-            f"{image.width} x {image.height} = {pixels} pixels are more than {limit}; "
+            f"{image.width} x {image.height} = {pixels} pixels are more than {bound}; "
             "set data.max_pixels higher if the images can be trusted"
         )
     return to_rgb(image)
@@ -91,16 +90,6 @@ def _without_texts(record: Record) -> bytes | None:
         at = end
     shorter = b"".join(parts)
     return shorter if len(shorter) < len(content) else None
-
-
-@contextlib.contextmanager
-def _pixel_limit(limit: int | None) -> Iterator[None]:
-    """PIL's own bound on pixels for a while; it is a global of PIL's."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, limit
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -218,7 +207,7 @@ class ImageTransform:
         """Return the pixels, float[3, S, S]: the whole image without `rng`, a random crop and flip with it."""
         image = to_rgb(image)
         if rng is not None:
-            with _pixel_limit(None):  # it has been decoded
+            with pixel_bound(None):  # it has been decoded
                 image = image.crop(_random_box(*image.size, self.crop_scale, rng))
             if self.flip and rng.random() < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
