@@ -67,6 +67,7 @@ STAGE1_RUNS: dict[str, list[str]] = {
     "stage1": [],
     "stage1_itg": ["stage1.itc=0", "stage1.itm=0"],
 }  # and how each differs
+POOLED_LR = 2.0e-3  # four times the Q-Former's, at whose rate an MLP stays far behind (docs/photographs.md)
 TIMED_STEPS = 10  # from which the steps of a row that trains `as_long` are reckoned
 MODES = {"text_only": "text-only", "oracle_caption": "oracle-caption", MAIN: "image"}  # of stages/evaluate.py
 
@@ -138,7 +139,7 @@ class Journey:
         start = self.out / row.stage1 / "adapter" if row.stage1 else "null"
         overrides = [f"stage2.init_from={start}"]
         if row.pooled:
-            command[1:2] = [f"{HERE}/pooling.py", "train"]
+            command[1:3] = [f"{HERE}/pooling.py", "train", STAGE2, f"optim.lr={POOLED_LR}"]
             overrides = [f"pooled.tokens={row.pooled}"]
         return self._training(command, run or name, steps, overrides, root=Stage2Config)
 
