@@ -91,14 +91,14 @@ def training_seconds(run_dir: Path) -> float:
 
 def _tables(results: dict[str, Any], rows: "Mapping[str, Row]") -> dict[str, tuple[list[str], list[list[str]]]]:
     """Head and lines of each table, by its title."""
-    head = ["", *CAPTIONS.values(), "validation loss (steps)", "training", "of it stage 1", "tokens", "s a caption"]
-    lines = []
+    captions, training = [], []
     for name in rows:
         row = results["rows"][name]
-        losses = ", ".join(f"{loss:.3f} ({step})" for step, loss in row["validation_loss"].items())
         scores = [f"{100 * row['captions'][key]:.1f}" for key in CAPTIONS]
+        captions.append([row["title"], *scores, str(row["tokens"]), f"{row['seconds_a_caption']:.2f}"])
+        losses = ", ".join(f"{loss:.3f} ({step})" for step, loss in row["validation_loss"].items())
         spent = [duration(sum(row["seconds"].values())), duration(row["seconds"]["stage1"])]
-        lines.append([row["title"], *scores, losses, *spent, str(row["tokens"]), f"{row['seconds_a_caption']:.2f}"])
+        training.append([row["title"], *spent, losses])
     n = results["retrieval"]["n"]
     recalls = [
         [rule, *(f"{value:.1f}" for way in DIRECTIONS for value in results["retrieval"][rule][way].values())]
@@ -106,7 +106,8 @@ def _tables(results: dict[str, Any], rows: "Mapping[str, Row]") -> dict[str, tup
     ]  # fmt: skip
     ranks = [f"{name}@{k}" for way, name in DIRECTIONS.items() for k in results["retrieval"]["itm+itc"][way]]
     titles = {
-        "Captions (hundredfold, as papers have them)": (head, lines),
+        "Captions (hundredfold, as papers have them)": (["", *CAPTIONS.values(), "tokens", "s a caption"], captions),
+        "Training": (["", "time", "of it stage 1", "validation loss (steps)"], training),
         f"Retrieval among {n['images']} photographs and {n['captions']} captions, percent": (["", *ranks], recalls),
     }
     if results["questions"]:
