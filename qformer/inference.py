@@ -155,7 +155,7 @@ class VisionLanguageModel:
     def rank(
         self, images: Images | None, questions: str | Sequence[str], candidates: Sequence[str] | Sequence[Sequence[str]],
         context: str | Sequence[str] | None = None, *, prompt: str | None = None, per_token: bool = False,
-        batch_size: int = 64,
+        pmi: bool = False, batch_size: int = 64,
     ) -> list[Tensor]:  # fmt: skip
         """The language model's loss of every candidate answer to each question, in nats: the smallest is the best.
 
@@ -166,10 +166,14 @@ class VisionLanguageModel:
             images, questions, context, prompt: as for `answer`.
             candidates: answers to choose from, K of them, for all questions or a list for each.
             per_token: divide by the number of tokens, which favours long candidates.
+            pmi: minus the loss without image and context, for small language models that have a favourite answer: what
+                is left is by how much image and context make the answer likelier (pointwise mutual information, its
+                sign turned; Holtzman and others, arXiv 2104.08315).
             batch_size: candidates that are read at once; a question's prompt is read once for all of them.
 
         Returns: float32[K] for each question.
-        Raises: ValueError when a question has no candidates, or their lists are not one for each, or as `answer` does.
+        Raises: ValueError when a question has no candidates, or their lists are not one for each, when there is neither
+            image nor context for `pmi` to take away, or as `answer` does.
         """
         llm = self._stage2("rank")[0].llm
         questions = [questions] if isinstance(questions, str) else list(questions)
@@ -181,6 +185,8 @@ class VisionLanguageModel:
                 f"candidates: {[len(entry) for entry in lists]} for {len(questions)} questions; give one list of texts for "
                 "all, or one for each question, none of them empty"
             )
+        if pmi and images is None and not context:
+            raise ValueError("pmi: neither images nor a context, without which there is nothing to compare")
         prompts = self._prompts(questions, context, history=(), prompt=prompt)
         losses = []
         visual_prompt, mask = (None, None) if images is None or not prompts else self._look(self._rows(images), prompts)
@@ -189,7 +195,13 @@ class VisionLanguageModel:
             row = row if row is None or mask is None else row[:, mask[i]]
             loss = llm.candidate_losses(row, prompts[i], several, batch_size=batch_size)
             losses.append(loss.total / loss.tokens if per_token else loss.total)
-        return losses
+        if not pmi:
+            return losses
+        asked = [(question, *several) for question, several in zip(questions, lists, strict=True)]
+        once = list(dict.fromkeys(asked))
+        how: dict[str, Any] = {"prompt": prompt, "per_token": per_token, "batch_size": batch_size}
+        alone = dict(zip(once, self.rank(None, [q for q, *_ in once], [c for _, *c in once], **how), strict=True))
+        return [loss - alone[key] for loss, key in zip(losses, asked, strict=True)]
 
     def _prompts(
         self, questions: str | Sequence[str], context: str | Sequence[str] | None, *,

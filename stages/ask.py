@@ -2,6 +2,7 @@
 
 python stages/ask.py runs/s2/adapter photo.jpg "what colour is the car?" "how many wheels?"
 python stages/ask.py runs/s2/adapter photo.jpg "is it a dog?" --choose-from yes no
+python stages/ask.py runs/s2/adapter photo.jpg "what colour?" --choose-from red blue --choose-by pmi    # for small models
 python stages/ask.py runs/s2/adapter photo.jpg        # a conversation; an empty line ends it
 python stages/ask.py runs/s2/adapter left.jpg "are both cars red?" --also right.jpg
 python stages/ask.py runs/s2/adapter clip.mp4 "what happens?"    # pip install 'qformer[video]'
@@ -12,6 +13,7 @@ import sys
 from typing import Any
 
 from qformer.config.help import HelpFormatter
+from qformer.config.protocol import CHOOSE_BY, PMI
 from qformer.environment import prepare_environment
 from qformer.messages import EMPTY_ANSWER
 
@@ -28,6 +30,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-beams", type=int, help="beams of the search (default: llm.num_beams)")
     parser.add_argument("--device", help="where to run, e.g. cpu or cuda:1 (default: an accelerator if there is one)")
     parser.add_argument("--choose-from", nargs="+", metavar="ANSWER", help="take the likeliest of these answers")
+    parser.add_argument(
+        "--choose-by", choices=CHOOSE_BY,
+        help="pmi = the one that the image makes likelier than the question alone, for models with a favourite answer",
+    )  # fmt: skip
     parser.add_argument("--prompt", help="prompt of a question, {} in its place (default: llm.vqa_prompt)")
     args = parser.parse_args(argv)
     # Only now what imports torch.
@@ -46,11 +52,16 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--prompt {problem}")
         if args.choose_from and not args.question:
             raise ValueError("--choose-from: a conversation has no list of answers; expected a question before it")
+        if args.choose_by and not args.choose_from:
+            raise ValueError(
+                f"--choose-by {args.choose_by}: an answer is written; name those to choose from, --choose-from"
+            )
         model = load(args.adapter, args.device)
         generation: dict[str, Any] = {"do_sample": True, "num_beams": 1} if args.sample else {}
         generation |= {} if args.num_beams is None else {"num_beams": args.num_beams}
         if args.choose_from:
-            for losses in model.rank([pictures], args.question, args.choose_from, prompt=args.prompt):
+            pmi = args.choose_by == PMI
+            for losses in model.rank([pictures], args.question, args.choose_from, prompt=args.prompt, pmi=pmi):
                 _print(args.choose_from[int(losses.argmin())])
             return
         if args.question:

@@ -124,6 +124,32 @@ def test_lists_for_all_or_for_each_question_and_several_images(model, tiny):
     assert len(model.rank(None, questions, ["red", "blue"], "a dog .")) == 2
 
 
+def test_pmi_is_the_loss_minus_that_of_the_question_alone(model, tiny, monkeypatch):
+    picture = str(tiny.records.parent / "00.png")
+    questions, lists = (
+        ["what colour ?", "where ?", "what colour ?"],
+        [["red", "blue"], ["left", "right"], ["red", "blue"]],
+    )
+    seen = model.rank([picture], questions, lists)
+    alone = model.rank(None, questions, lists)
+    told = model.rank(None, questions, lists, "a red dog .")
+    asked = []
+    candidate_losses = model.model.llm.candidate_losses
+    monkeypatch.setattr(
+        model.model.llm, "candidate_losses", lambda row, *a, **k: asked.append(row) or candidate_losses(row, *a, **k)
+    )
+    for ours, loss, prior in zip(model.rank([picture], questions, lists, pmi=True), seen, alone, strict=True):
+        torch.testing.assert_close(ours, loss - prior, atol=1e-4, rtol=0)
+    assert sum(row is None for row in asked) == 2, "a question that comes twice is asked alone once"
+    for ours, loss, prior in zip(model.rank(None, questions, lists, "a red dog .", pmi=True), told, alone, strict=True):
+        torch.testing.assert_close(ours, loss - prior, atol=1e-4, rtol=0)
+    per_token = model.rank([picture], ["where ?"], ["on the left", "left"], pmi=True, per_token=True)[0]
+    both = model.rank([picture], ["where ?"], ["on the left", "left"], pmi=True)[0]
+    torch.testing.assert_close(per_token, both / torch.tensor([4.0, 2.0]), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="neither images nor a context"):
+        model.rank(None, questions, lists, pmi=True)
+
+
 @pytest.mark.parametrize("candidates", [[], [[], ["red"]], [["red"]], [["red"], "blue"]])
 def test_lists_that_do_not_fit_are_refused(model, candidates):
     with pytest.raises(ValueError, match="for 2 questions; give one list of texts for all, or one for each question"):
@@ -164,6 +190,11 @@ def test_evaluate_takes_the_likeliest_of_a_list_a_file_or_each_records_choices(t
     assert all(row["answer"] in several for row, several in zip(chosen["results"], own, strict=True))
     text_only = scored(tmp_path, *run, "--choose-from", "choices", "--mode", "text-only")
     assert len({row["answer"] for row in text_only["results"] if row["answer"] in ("two", "square")}) <= 2
+    by_image = scored(tmp_path, *run, "--choose-from", str(tmp_path / "answers.txt"), "--choose-by", "pmi")
+    model, rows = load(adapter, device="cpu"), by_image["results"]
+    losses = model.rank([r["image"] for r in rows], [r["question"] for r in rows], ["red", "blue"], pmi=True)
+    assert [row["answer"] for row in rows] == [["red", "blue"][int(loss.argmin())] for loss in losses]
+    assert by_image["protocol"]["choose_by"] == "pmi"
 
 
 def test_mistakes_in_what_to_choose_from_are_named_before_a_model_is_loaded(tiny, adapter, tmp_path, capsys):
@@ -172,6 +203,10 @@ def test_mistakes_in_what_to_choose_from_are_named_before_a_model_is_loaded(tiny
     assert "'nobody.txt' is no file of answers" in error_of([adapter, questions, "--choose-from", "nobody.txt"], capsys)
     (tmp_path / "empty.txt").write_text("\n")
     assert "holds no answers" in error_of([adapter, questions, "--choose-from", str(tmp_path / "empty.txt")], capsys)
+    listed = [adapter, questions, "--choose-from", "nobody.txt", "--choose-by"]
+    assert "an answer is written; name those" in error_of([adapter, questions, "--choose-by", "pmi"], capsys)
+    assert "the question alone makes" in error_of([*listed, "pmi", "--mode", "text-only"], capsys)
+    assert "choose_by" in error_of([*listed, "pmy"], capsys)
     for text, told in (("[yes, no]", "YAML reads yes and no as true and false"), ("5", "5 in .* is no list")):
         (tmp_path / "bad.yaml").write_text(f"# x\ntask: vqa\nchoose_from: {text}\n")
         with pytest.raises(ConfigError, match=told):
@@ -188,6 +223,14 @@ def test_ask_takes_the_likeliest_of_the_answers_named(tiny, adapter, capsys):
     model = load(adapter, device="cpu")
     losses = model.rank(picture, ["what colour ?", "where ?"], ["red", "blue"])
     assert capsys.readouterr().out.split() == [["red", "blue"][int(loss.argmin())] for loss in losses]
+    stage_main("ask")(
+        [adapter, picture, "what ?", "--choose-from", "red", "blue", "--choose-by", "pmi", "--device", "cpu"]
+    )
+    losses = model.rank(picture, ["what ?"], ["red", "blue"], pmi=True)
+    assert capsys.readouterr().out.split() == [["red", "blue"][int(losses[0].argmin())]]
     with pytest.raises(SystemExit):
         stage_main("ask")([adapter, picture, "--choose-from", "red", "blue"])
     assert "--choose-from: a conversation has no list of answers" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        stage_main("ask")([adapter, picture, "what ?", "--choose-by", "pmi"])
+    assert "--choose-by pmi: an answer is written" in capsys.readouterr().err

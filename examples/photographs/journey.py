@@ -165,6 +165,7 @@ class Journey:
     def answers(self, name: str) -> Part:
         """Answer the questions by one of `MODES`."""
         options = ["--task", "vqa", "--mode", MODES[name], "--choose-from", "choices"]
+        options += ["--choose-by", "pmi"] if name != "text_only" else []  # else SmolLM2 says yes, two and red to all
         return self._evaluation(
             ["stages/evaluate.py"], MAIN, [str(self.questions_file)], options, json_file=self.json_of("answers", name)
         )

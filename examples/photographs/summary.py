@@ -116,7 +116,7 @@ def _tables(results: dict[str, Any], rows: "Mapping[str, Row]") -> dict[str, tup
             [QUESTIONS[name], f"{score['overall']:.1f}", *(f"{score['by_type'][kind]:.1f}" for kind in kinds)]
             for name, score in results["questions"].items()
         ]
-        titles["Questions derived from captions, percent"] = (["", "overall", *kinds], answers)
+        titles["Questions derived from captions, percent (text only by likelihood, the others by pmi)"] = (["", "overall", *kinds], answers)
     return titles
 
 
@@ -133,7 +133,8 @@ def _write_report(
     )
     if results["questions"]:
         answers = _read(journey.json_of("answers", "stage1_2"))["results"]
-        page.add("Answers", gallery(answer_cards(choose_examples(answers))), note="Trained on captions alone.")
+        note = "Trained on captions alone. The answer that the photograph makes likelier than the question alone (pmi)."
+        page.add("Answers", gallery(answer_cards(choose_examples(answers))), note=note)
     page.add("Retrieval", gallery(_retrieval_cards(journey)), note="The three captions that stage 1 finds best.")
     note = "What speaks for each word of a caption, and where each query of stage 1 looks."
     page.add("Attention", *_attention(journey), note=note)

@@ -16,6 +16,8 @@ from qformer.messages import nearest
 FOLDER = "configs/tasks"
 NOT_OPTIONS = ("task", "reported")  # no options of the command line
 LIST = "list[str] | None"
+PMI = "pmi"  # pointwise mutual information
+CHOOSE_BY = ("likelihood", PMI)
 
 
 @dataclasses.dataclass
@@ -37,6 +39,10 @@ class Protocol:
     choose_from: list[str] | None = described(
         None, "answers of which the likeliest is taken: several, a file with one a line, or choices = those of each record; "
         "null = an answer is written"
+    )  # fmt: skip
+    choose_by: str | None = described(
+        None, "by what: the likeliest (likelihood), or the one that image or caption make likelier than the question alone "
+        "(pmi), for language models with a favourite answer; null = likelihood", CHOOSE_BY,
     )  # fmt: skip
     frames: int | None = described(None, "frames that stand for a clip; null = 8", at_least=1)
     frame_policy: str | None = described(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qformer.config import Protocol
+from qformer.config.protocol import PMI
 from qformer.data import Record, read_records
 from qformer.evaluation import TASKS, Scores, Task
 from qformer.evaluation.choosing import CHOICES, Chosen, choose, lack_of_use, read_candidates
@@ -18,6 +19,7 @@ from qformer.evaluation.comparing import NAME as SIMILARITY
 from qformer.evaluation.comparing import Similarity, compare_outputs
 from qformer.evaluation.outputs import OutputFile, read_predictions, write_submission
 from qformer.evaluation.task import OPTIONS
+from qformer.evaluation.vqa import TEXT_ONLY
 from qformer.files import atomic_file
 
 
@@ -44,7 +46,7 @@ def evaluate(
     rule = _one_of("--rule", protocol.rule, kind.rules)
     if min(batch_size, 1 if limit is None else limit) < 1 or workers < 0:
         raise ValueError("--batch-size and --limit must be at least 1, and --workers at least 0")
-    generation = _generation(kind, protocol)
+    generation = _generation(kind, protocol, mode)
     adapter, sources = _split(paths, predictions)
     _require_writable(None if kind.search else answers, json_file, submit)  # a search keeps a folder
     records = read_records(sources, root=root, key="RECORDS")
@@ -113,12 +115,18 @@ def _is_first_rank() -> bool:
     return is_first_rank()
 
 
-def _generation(task: Task, protocol: Protocol) -> dict[str, Any]:
+def _generation(task: Task, protocol: Protocol, mode: str) -> dict[str, Any]:
     """What the protocol says of how the model is asked, of what it says anything; the task must read it."""
     values = {key: value for key in OPTIONS if (value := getattr(protocol, key)) is not None}
     for key in values:
         if key not in task.options:
             raise ValueError(f"{key}: task {protocol.task} does not read it; leave it out")
+    if (by := values.get("choose_by")) and "choose_from" not in values:
+        raise ValueError(f"choose_by={by}: an answer is written; name those to choose from, choose_from")
+    if by == PMI and mode == TEXT_ONLY:
+        raise ValueError(
+            f"choose_by={by}: the question alone makes no answer likelier than the question alone; leave it out"
+        )
     return values
 
 

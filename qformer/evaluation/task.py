@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 WITH_IMAGE = "image"  # the mode in which images are read
 GENERATION = ("prompt", "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty")  # keys of a protocol
-OPTIONS = (*GENERATION, "candidates", "choose_from")  # the keys that a task may read or not
+OPTIONS = (*GENERATION, "candidates", "choose_from", "choose_by")  # the keys that a task may read or not
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qformer.config.protocol import PMI
 from qformer.evaluation.choosing import CHOICES
 from qformer.evaluation.rules import RULES, score_answers
 from qformer.evaluation.task import GENERATION, WITH_IMAGE, Task
@@ -23,14 +24,14 @@ def _lacks(record: "Record", mode: str) -> str | None:
 
 def _ask(
     model: Any, records: "Sequence[Record]", images: list | None, mode: str, *,
-    choose_from: Sequence[str] | None = None, **generation: Any,
+    choose_from: Sequence[str] | None = None, choose_by: str | None = None, **generation: Any,
 ) -> list[str]:  # fmt: skip
     context = [record.captions[0] for record in records] if mode == ORACLE_CAPTION else None
     questions = [record.question for record in records]
     if choose_from is None:
         return model.answer(images, questions, context, **generation)
     lists = [record.choices if choose_from == CHOICES else choose_from for record in records]
-    losses = model.rank(images, questions, lists, context, prompt=generation.get("prompt"))
+    losses = model.rank(images, questions, lists, context, prompt=generation.get("prompt"), pmi=choose_by == PMI)
     return [several[int(loss.argmin())] for several, loss in zip(lists, losses, strict=True)]
 
 
@@ -48,5 +49,5 @@ TASK = Task(
     ask=_ask,
     score=score_answers,
     describe=_describe,
-    options=(*GENERATION, "choose_from"),
+    options=(*GENERATION, "choose_from", "choose_by"),
 )
