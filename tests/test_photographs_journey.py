@@ -105,6 +105,8 @@ def test_a_journey_ends_in_a_report_and_is_taken_up_where_it_was(tiny, tmp_path,
         results["retrieval"]
     )
     assert list(results["questions"]) == ["text_only", "oracle_caption", "stage1_2"]
+    assert "validation" not in (out / "mlp_timed" / "metrics.jsonl").read_text(), "steps alone are timed"
+    assert [step.name for step in (out / "mlp_timed" / "checkpoints").glob("step-*")] == ["step-10"]
     page = (out / "report.html").read_text()
     for title in ("Captions", "Answers", "Retrieval", "Attention", "Tables", "Losses", "MLP on all tokens"):
         assert title in page

@@ -133,7 +133,7 @@ class Journey:
         return self._training(command, name, self.steps1, STAGE1_RUNS[name], root=Stage1Config)
 
     def training2(self, name: str, steps: int, run: str = "") -> Part:
-        """Stage 2 of one of `ROWS`, in the run of its name or in another."""
+        """Stage 2 of one of `ROWS` in the run of its name; in another, which is timed, without validations and checkpoints."""
         row = ROWS[name]
         command = [sys.executable, "stages/stage2.py", STAGE2, *self.stage2]
         start = self.out / row.stage1 / "adapter" if row.stage1 else "null"
@@ -141,6 +141,8 @@ class Journey:
         if row.pooled:
             command[1:3] = [f"{HERE}/pooling.py", "train", STAGE2, f"optim.lr={POOLED_LR}"]
             overrides = [f"pooled.tokens={row.pooled}"]
+        if run:  # steps alone are timed
+            overrides += ["data.validation=[]", f"train.checkpoint_every_steps={steps}"]
         return self._training(command, run or name, steps, overrides, root=Stage2Config)
 
     def steps_as_long(self, name: str) -> int:
@@ -190,7 +192,7 @@ class Journey:
         if (run_dir / "checkpoints").is_dir():
             settings.append("train.resume=auto")
         adapter = run_dir / "adapter" / "adapter.safetensors"  # its folder is written whole, at the end
-        return Part(f"training {name}", [*command, *self._data(), *overrides, *settings], adapter.is_file)
+        return Part(f"training {name}", [*command, *self._data(), *settings, *overrides], adapter.is_file)
 
     def _evaluation(
         self, program: list[str], name: str, records: list[str], options: list[str], *, json_file: Path

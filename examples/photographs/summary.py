@@ -116,7 +116,10 @@ def _tables(results: dict[str, Any], rows: "Mapping[str, Row]") -> dict[str, tup
             [QUESTIONS[name], f"{score['overall']:.1f}", *(f"{score['by_type'][kind]:.1f}" for kind in kinds)]
             for name, score in results["questions"].items()
         ]
-        titles["Questions derived from captions, percent (text only by likelihood, the others by pmi)"] = (["", "overall", *kinds], answers)
+        titles["Questions derived from captions, percent (text only by likelihood, the others by pmi)"] = (
+            ["", "overall", *kinds],
+            answers,
+        )
     return titles
 
 
