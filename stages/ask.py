@@ -2,7 +2,7 @@
 
 python stages/ask.py runs/s2/adapter photo.jpg "what colour is the car?" "how many wheels?"
 python stages/ask.py runs/s2/adapter photo.jpg "is it a dog?" --choose-from yes no
-python stages/ask.py runs/s2/adapter photo.jpg "which?" --choose-from red blue --choose-by pmi
+python stages/ask.py runs/s2/adapter photo.jpg "what colour?" --choose-from red blue --choose-by pmi
 python stages/ask.py runs/s2/adapter photo.jpg        # a conversation; an empty line ends it
 python stages/ask.py runs/s2/adapter left.jpg "are both cars red?" --also right.jpg
 python stages/ask.py runs/s2/adapter clip.mp4 "what happens?"    # pip install 'qformer[video]'

@@ -1,6 +1,6 @@
 """From photographs to captions, answers and a report, on three small pretrained models; every step is a command that it prints.
 
-python examples/photographs/journey.py --photos FLICKR8K                # about two and a half hours on two cores
+python examples/photographs/journey.py --photos FLICKR8K                # about three hours on two cores
 python examples/photographs/journey.py --photos FLICKR8K --steps small  # about 20 minutes: shows that it works
 python examples/photographs/journey.py --photos FLICKR8K --rows stage2_only stage1_2 pooled   # other rows
 
