@@ -55,7 +55,8 @@ def load_frozen(
     options |= {"output_loading_info": True} | ({} if config is None else {"config": config})
     if part:
         options["key_mapping"] = {rf"^{part}\.": ""}
-    with _quiet() if part else nullcontext():
+    # Of a whole checkpoint the report would list every tensor of the other parts; missing ones are raised all the same.
+    with without_report() if part else nullcontext():
         model, info = model_class.from_pretrained(id, **options)
     if missing := sorted(key for key in info["missing_keys"] if not re.fullmatch(may_lack, key)):
         raise ValueError(f"its weights lack {len(missing)} tensors of {type(model).__name__}: {missing[0]} ...")
@@ -63,8 +64,8 @@ def load_frozen(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    # The loading report would list every tensor of the other parts as unexpected. Missing ones are raised all the same.
+def without_report() -> Iterator[None]:
+    """Load without transformers' report of tensors that are missing or unexpected, for who says so in words of their own."""
     reports = logging.getLogger("transformers.modeling_utils")
     reports.addFilter(_is_no_report)
     try:
@@ -74,4 +75,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in str(record.msg)
+    return not any(sign in str(record.msg) for sign in ("LOAD REPORT", "checkpoint seem corrupted"))

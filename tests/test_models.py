@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import itertools
+import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny import FEATURE_WIDTH, Tiny, shake
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -410,6 +412,24 @@ def test_text_side_started_from_bert_is_bert_without_token_types(tiny):
     expected = bert(input_ids=tokens.ids, attention_mask=tokens.mask.long()).logits[tokens.mask]
     found = model.adapter.lm_logits(model.adapter.qformer.text_pass(tokens.ids, tokens.mask))[tokens.mask]
     torch.testing.assert_close(found[:, : expected.shape[1]], expected, atol=1e-5, rtol=0)
+
+
+def test_a_bert_without_a_language_modelling_head_is_taken_and_says_what_is_drawn(tiny, tmp_path, caplog, monkeypatch):
+    AutoModelForMaskedLM.from_pretrained(tiny.bert).bert.save_pretrained(tmp_path / "encoder")
+    model = build_stage1(load_config(Stage1Config, tiny.stage1(tiny.folder)))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # its reports are heard here too
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        initialise_from_bert(model.adapter, str(tmp_path / "encoder"))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1, said  # and transformers reports nothing beside it
+    assert "cls.predictions.transform.dense.weight" in said[0]
+    assert "start at random" in said[0]
+    weights = load_file(tmp_path / "encoder" / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / "encoder" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1 of \d+ tensors: bert\.encoder\.layer\.1\.output\.dense\.weight"):
+        initialise_from_bert(model.adapter, str(tmp_path / "encoder"))
 
 
 def test_a_bert_of_other_sizes_or_none_is_refused(tiny, tmp_path):
