@@ -54,8 +54,8 @@ def collection(tiny: Tiny, tmp_path_factory) -> str:
     return str(write(tmp_path_factory.mktemp("collection") / "captions.jsonl", lines))
 
 
-def every_pair(adapter: str, records: str) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str], torch.Tensor]:
-    """Similarity and matching logit of all pairs, one image beside all captions: [I, T], ids, and each caption's image."""
+def every_pair(adapter: str, records: str) -> tuple[dict[str, torch.Tensor], list[str], list[str], torch.Tensor]:
+    """Scores [I, T] of all pairs by each rule, one image beside all captions, ids, and each caption's image."""
     model = qformer.load(adapter, "cpu")
     captions: dict[int, list[str]] = {}
     images: dict[int, str] = {}
@@ -67,10 +67,17 @@ def every_pair(adapter: str, records: str) -> tuple[torch.Tensor, torch.Tensor, 
     near = (model.embed_image(list(images.values())) @ model.embed_text(texts).T).amax(1)
     with torch.no_grad():
         rows = [model.model.adapter.project_images(*model.encode([image] * len(texts))) for image in images.values()]
-        logits = torch.stack([model.model.adapter.match([row], *model.model.tokenize(texts))[:, 1] for row in rows])
+        logits = torch.stack([model.model.adapter.match([row], *model.model.tokenize(texts)) for row in rows])
     image_of = torch.tensor([i for i, mine in enumerate(captions.values()) for _ in mine])
     caption_ids = [f"{image_id}#{n}" for image_id, mine in captions.items() for n in range(len(mine))]
-    return near, logits, list(images), caption_ids, image_of
+    no, yes = logits.unbind(-1)
+    by_rule = {
+        "itm+itc": yes + near,
+        "product": yes - no + near / model.model.adapter.temperature.detach(),
+        "itm": yes,
+        "itc": near,
+    }
+    return by_rule, list(images), caption_ids, image_of
 
 
 def as_json(similarity: torch.Tensor, image_of: torch.Tensor) -> dict:
@@ -79,15 +86,20 @@ def as_json(similarity: torch.Tensor, image_of: torch.Tensor) -> dict:
     return {name: {str(k): value for k, value in recall.items()} for name, recall in by_direction.items()}
 
 
-def test_with_all_candidates_it_is_recall_over_every_pair(adapter, collection, tmp_path):
-    near, logits, image_ids, caption_ids, image_of = every_pair(adapter, collection)
-    expected = {"itm+itc": logits + near, "itm": logits, "itc": near}
+def test_with_all_candidates_it_is_recall_over_every_pair(adapter, collection, tmp_path, capsys):
+    expected, image_ids, caption_ids, image_of = every_pair(adapter, collection)
+    recall = {rule: as_json(similarity, image_of) for rule, similarity in expected.items()}
+    found = {rule: value["image_to_text"]["1"] + value["text_to_image"]["1"] for rule, value in recall.items()}
+    assert len(set(found.values())) > 1
     for rule, similarity in expected.items():
         scores = scored(tmp_path, adapter, collection, *RETRIEVAL, "--rule", rule, "--candidates", "1000")
-        assert scores["scores"] == as_json(similarity, image_of)
+        assert scores["scores"] == recall[rule]
         assert (scores["task"], scores["rule"]) == ("retrieval", rule)
         assert scores["n"] == {"images": 22, "captions": len(caption_ids)}
-        assert scores.get("other_rules", {}) == ({} if rule == "itc" else {"itc": as_json(near, image_of)})
+        others = {name: value for name, value in recall.items() if name != rule}
+        assert scores.get("other_rules", {}) == ({} if rule == "itc" else others)
+        more = rule != "itc" and found[rule] < max(found.values())
+        assert ("finds more: image_to_text@1" in capsys.readouterr().err) == more
         for i, row in enumerate(scores["results"]):
             best = similarity[i].sort(descending=True, stable=True)
             assert row["image_id"] == image_ids[i]
@@ -99,13 +111,13 @@ def test_with_all_candidates_it_is_recall_over_every_pair(adapter, collection, t
 
 
 def test_only_the_best_by_similarity_are_matched_each_way(adapter, collection, tmp_path):
-    near, logits, _, _, image_of = every_pair(adapter, collection)
-    k = 10
+    by_rule, _, _, image_of = every_pair(adapter, collection)
+    k, near = 10, by_rule["itc"]
     of_images = torch.full_like(near, -torch.inf).scatter(1, near.topk(k, 1).indices, 1.0)
     of_texts = torch.full_like(near, -torch.inf).scatter(0, near.topk(k, 0).indices, 1.0)
     scores = scored(tmp_path, adapter, collection, *RETRIEVAL, "--candidates", str(k))["scores"]
     for direction, chosen in {"image_to_text": of_images, "text_to_image": of_texts}.items():
-        assert scores[direction] == as_json((logits + near).where(chosen > 0, -torch.inf), image_of)[direction]
+        assert scores[direction] == as_json(by_rule["itm+itc"].where(chosen > 0, -torch.inf), image_of)[direction]
 
 
 def test_matching_scores_are_those_of_match_and_each_pair_is_matched_once(adapter, collection, tmp_path, monkeypatch):
@@ -265,7 +277,7 @@ def test_keys_are_in_the_order_of_scores_whatever_they_are():
 def test_mistakes_end_in_one_line(adapter, collection, tiny, tmp_path, capsys):
     arguments = [adapter, collection, *RETRIEVAL]
     assert "--candidates 3: expected at least 10" in refused("evaluate", [*arguments, "--candidates", "3"], capsys)
-    assert "this task has itm+itc, itm, itc" in refused("evaluate", [*arguments, "--rule", "clip"], capsys)
+    assert "this task has itm+itc, product, itm, itc" in refused("evaluate", [*arguments, "--rule", "clip"], capsys)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("")
     message = refused("evaluate", [*arguments, "--answers", str(tmp_path / "full")], capsys)

@@ -24,7 +24,7 @@ from qformer.evaluation.choosing import Chosen
 from qformer.evaluation.collection import Collection, Ranked
 from qformer.evaluation.parts import Parts
 from qformer.evaluation.progress import Passing
-from qformer.evaluation.retrieval import ITC, ITM, ITM_ITC
+from qformer.evaluation.retrieval import ITC, ITM, ITM_ITC, PRODUCT, RULES
 from qformer.evaluation.running import image_batches, start_ranks
 from qformer.inference import VisionLanguageModel, load
 from qformer.metrics.retrieval import order_keys, read_keys
@@ -46,7 +46,7 @@ class Block(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Pairs in ascending order of int64[P] image * U + text, and each one's logit of a match, float32[P]."""
+    """Pairs in ascending order of int64[P] image * U + text, and each one's logits of no match and match, float32[P, 2]."""
 
     ids: Tensor
     logits: Tensor
@@ -96,7 +96,7 @@ def _depends_on(made_of: dict[str, Any], collection: Collection, batch_size: int
     """What every part depends on; which pairs are matched may change, since parts say what they hold."""
     content = hashlib.blake2b(repr((collection.image_ids, collection.captions)).encode(errors="replace"), digest_size=8)
     kept = {key: value for key, value in made_of.items() if key != "candidates"}
-    return kept | {"images and captions": content.hexdigest(), "batch size": batch_size}
+    return kept | {"images and captions": content.hexdigest(), "batch size": batch_size, "logits": 2}
 
 
 def _require_stage1(model: VisionLanguageModel, rule: str) -> Stage1:
@@ -105,7 +105,7 @@ def _require_stage1(model: VisionLanguageModel, rule: str) -> Stage1:
         raise ValueError(
             f"retrieval takes an adapter of stage 1, which embeds and matches; this one is of {stage.name}"
         )
-    for name in (ITC, *rule.split("+")):
+    for name in (ITC,) if rule == ITC else (ITC, ITM):
         if name not in stage.adapter.weights:
             why = "--rule itc does without" if name == ITM else "candidates are chosen by it"
             raise ValueError(f"this adapter was trained with stage1.{name}=0, and --rule {rule} needs it: {why}")
@@ -148,15 +148,17 @@ class Search:
         if every is not None:
             order = every.ids.argsort()
             every = Pairs(every.ids[order], every.logits[order])
+        names = [rule] if rule == ITC else [rule, *(name for name in RULES if name != rule)]
         outputs, *others = (
             self.collection.outputs(
                 self.order(of_images, every, name, of_images=True), self.order(of_texts, every, name, of_images=False)
             )
-            for name in ([rule] if rule == ITC else [rule, ITC])
+            for name in names
         )
-        for output, other in zip(outputs, *others, strict=True) if others else ():
-            if output is not None:
-                output["by_similarity"] = {key: other[key] for key in ("captions", "images")}
+        for name, lists in zip(names[1:], others, strict=True):
+            for output, other in zip(outputs, lists, strict=True):
+                if output is not None and other is not None:
+                    output.setdefault("by_rule", {})[name] = {key: other[key] for key in ("captions", "images")}
         return outputs, [broken[i] for i in sorted(broken)]
 
     def embed_images(
@@ -270,12 +272,12 @@ class Search:
         """The logits of all `wanted` pairs; those of the parts are taken where an image's pairs are the same."""
         wanted = wanted.cpu()
         bounds = {i: self._bounds(wanted, i) for block in blocks for i in block.images.tolist()}
-        logits = torch.full((len(wanted),), torch.nan)
+        logits = torch.full((len(wanted), 2), torch.nan)
         for image, there in self._matched_before():
             first, last = bounds.get(image, (0, 0))
             if torch.equal(wanted[first:last], there.ids):
                 logits[first:last] = there.logits
-        todo = {image for image, (first, _) in bounds.items() if logits[first].isnan()}
+        todo = {image for image, (first, _) in bounds.items() if logits[first].isnan().any()}
         fresh: list[int] = []
         kept_at = time.monotonic()
         total = sum(last - first for image, (first, last) in bounds.items() if image in todo)
@@ -293,11 +295,11 @@ class Search:
         return Pairs(wanted.to(self.device), logits.to(self.device))
 
     def match_image(self, features: Features, texts: Tensor, passing: Passing) -> Tensor:
-        """float32[n], the logit of a match of one image's features with texts int64[n]."""
+        """float32[n, 2], the logits of no match and match of one image's features with texts int64[n]."""
         memory = self.adapter.project_images(*features)
         logits = []
         for rows in texts.to(self.device).split(AT_ONCE * self.batch_size):
-            logits.append(self.adapter.match([memory._replace(times=len(rows))], *self._text(rows))[:, 1].cpu())
+            logits.append(self.adapter.match([memory._replace(times=len(rows))], *self._text(rows)).cpu())
             passing.advance(len(rows))
         return torch.cat(logits)
 
@@ -343,8 +345,8 @@ class Search:
             assert pairs is not None
             rows = candidates.rows[:, None].expand_as(numbers)
             ids = self._pair_ids(rows, numbers) if of_images else self._pair_ids(numbers, rows)
-            scores = pairs.logits[torch.searchsorted(pairs.ids, ids)]
-            scores = scores + near if rule == ITM_ITC else scores
+            no, yes = pairs.logits[torch.searchsorted(pairs.ids, ids)].unbind(-1)
+            scores = {ITM: yes, ITM_ITC: yes + near, PRODUCT: yes - no + near / self.adapter.temperature}[rule]
         keys = order_keys(scores, right, numbers).sort(descending=True).values
         scores, _, numbers = read_keys(keys)
         order = candidates.rows.argsort()

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from qformer.data import Record
     from qformer.evaluation.choosing import Chosen
 
-ITM_ITC, ITM, ITC = "itm+itc", "itm", "itc"
+ITM_ITC, PRODUCT, ITM, ITC = "itm+itc", "product", "itm", "itc"
+RULES = (ITM_ITC, PRODUCT, ITM, ITC)  # all but the last match pairs, and have the lists of the others for nothing
 CANDIDATES = 128  # BLIP-2's, on COCO and on Flickr30k
 
 
@@ -41,24 +42,31 @@ def _score(records: "Sequence[Record]", outputs: Sequence[Any], rule: str) -> Sc
     collection = _collect(records)
     recall = collection.recall(outputs)
     others, warnings = {}, []
-    if all(isinstance(output, Mapping) and output.get("by_similarity") for output in outputs):
-        others[ITC] = collection.recall([output["by_similarity"] for output in outputs])
+    for other in RULES:
+        if all(isinstance(output, Mapping) and other in output.get("by_rule", ()) for output in outputs):
+            others[other] = collection.recall([output["by_rule"][other] for output in outputs])
+    best = max([rule, *others], key=lambda name: sum(way["1"] for way in others.get(name, recall).values()))
+    if best != rule:
+        warnings.append(f"--rule {best} finds more: {_named_at_1(others[best])}")
     if repeated := collection.repeated():
         others[f"{rule}, equal captions right"] = equal = collection.recall(outputs, equal=True)
         warnings.append(
             f"{repeated} of {len(collection.caption_ids)} captions stand with another image too, and are right for their "
-            f"own alone, as in published numbers; with equal captions right: image_to_text@1 "
-            f"{equal['image_to_text']['1']:.1f}, text_to_image@1 {equal['text_to_image']['1']:.1f}"
+            f"own alone, as in published numbers; with equal captions right: {_named_at_1(equal)}"
         )
     n = {"images": len(records), "captions": len(collection.caption_ids)}
     return Scores(recall, n, rule, "recall in percent", others=others, warnings=tuple(warnings))
+
+
+def _named_at_1(recall: Mapping[str, Mapping[str, float]]) -> str:
+    return ", ".join(f"{way}@1 {of_way['1']:.1f}" for way, of_way in recall.items())
 
 
 TASK = Task(
     id_field="image_id",
     output_field="retrieved",
     modes=(WITH_IMAGE,),
-    rules=(ITM_ITC, ITM, ITC),
+    rules=RULES,
     lacks=lambda record, mode: None if record.captions else "it has no caption",
     has_reference=lambda record: bool(record.captions),
     search=_search,
