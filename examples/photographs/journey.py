@@ -158,7 +158,7 @@ class Journey:
 
     def retrieval(self) -> Part:
         """Find captions by photographs and photographs by captions, by stage 1."""
-        options = ["--task", "retrieval", "--candidates", str(self.candidates)]
+        options = ["--task", "retrieval", "--rule", "product", "--candidates", str(self.candidates)]
         options += ["--answers", str(self.out / "retrieval")]
         return self._evaluation(
             ["stages/evaluate.py"], "stage1", self.dev, options, json_file=self.json_of("retrieval", "stage1")

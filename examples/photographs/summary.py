@@ -36,7 +36,7 @@ def conclude(experiment: Experiment, journey: "Journey", rows: "Mapping[str, Row
     results = {"seconds": round(experiment.seconds, 1), **describe_machine(), "steps": [journey.steps1, journey.steps2]}
     results["rows"] = {name: _row(experiment, journey, name, row) for name, row in rows.items()}
     retrieval = _read(journey.json_of("retrieval", "stage1"))
-    results["retrieval"] = {"itm+itc": retrieval["scores"], **retrieval["other_rules"], "n": retrieval["n"]}
+    results["retrieval"] = {retrieval["rule"]: retrieval["scores"], **retrieval["other_rules"], "n": retrieval["n"]}
     files = {name: journey.json_of("answers", name) for name in QUESTIONS}
     answered = {name: _read(file) for name, file in files.items() if file.is_file()}
     results["questions"] = {
@@ -104,7 +104,7 @@ def _tables(results: dict[str, Any], rows: "Mapping[str, Row]") -> dict[str, tup
         [rule, *(f"{value:.1f}" for way in DIRECTIONS for value in results["retrieval"][rule][way].values())]
         for rule in results["retrieval"] if rule != "n"
     ]  # fmt: skip
-    ranks = [f"{name}@{k}" for way, name in DIRECTIONS.items() for k in results["retrieval"]["itm+itc"][way]]
+    ranks = [f"{name}@{k}" for way, name in DIRECTIONS.items() for k in results["retrieval"]["itc"][way]]
     titles = {
         "Captions (hundredfold, as papers have them)": (["", *CAPTIONS.values(), "tokens", "s a caption"], captions),
         "Training": (["", "time", "of it stage 1", "validation loss (steps)"], training),
