@@ -4,7 +4,6 @@ Source: BLIP-2 section 3.1; token types are dropped, the query feed-forward netw
 """
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,12 +15,10 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from qformer.keys import BERT
 from qformer.messages import one_line
 from qformer.models import Stage1Adapter
-from qformer.parts import without_report
-
-logger = logging.getLogger(__name__)
+from qformer.parts import load_frozen
 
 DEC = "[DEC]"  # begins a text that is generated
-HEAD = "cls."  # names of the language modelling head, which a BERT for sentence embeddings has not
+HEAD = r"cls\..*"  # tensors of the language modelling head, which a BERT for sentence embeddings has not
 IMAGE = "<image>"  # where processors of transformers put an image
 GROWS = (
     "word_embeddings",
@@ -116,23 +113,15 @@ def initialise_from_bert(adapter: Stage1Adapter, bert_id: str) -> None:
 
     What a BERT lacks of the language modelling head starts at random too, and a line says so.
 
-    Raises: ValueError when it cannot be loaded, is not BERT-shaped, lacks other tensors, or has other sizes.
+    Raises: ValueError when it cannot be loaded, lacks other tensors, is not BERT-shaped, or has other sizes.
     """
     try:
-        with without_report():
-            bert, info = AutoModelForMaskedLM.from_pretrained(bert_id, output_loading_info=True)
+        bert = load_frozen(AutoModelForMaskedLM, bert_id, None, None, may_lack=HEAD)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"qformer.init_from={bert_id!r} cannot be loaded ({one_line(error)}); "
             "give a folder or reachable hub id of a BERT, or null to start from random weights"
         ) from None
-    missing = sorted(info["missing_keys"])
-    if body := [name for name in missing if not name.startswith(HEAD)]:
-        raise ValueError(
-            f"qformer.init_from={bert_id!r}: its weights lack {len(body)} of {len(bert.state_dict())} tensors: {body[0]} ..."
-        )
-    if missing:
-        logger.info("qformer.init_from=%s: it has no %s, which start at random", bert_id, ", ".join(missing))
     source, target = bert.state_dict(), adapter.state_dict()
     for ours, theirs in BERT.key_map(target).items():
         _copy(target[ours], source, theirs, bert_id, may_differ=any(part in ours for part in GROWS))

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 # Names under which a repository holds its weights, the preferred ones first; an index names the files of its shards.
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
@@ -47,7 +49,7 @@ def load_frozen(
         model_class: an Auto class, or the model's own.
         config: the model's own config; of a whole checkpoint its vision_config or text_config; None = the checkpoint's.
         part: name of the model within a whole checkpoint, such as "language_model"; None = the checkpoint is the model.
-        may_lack: pattern of tensors that need not be there.
+        may_lack: pattern of tensors that need not be there; those that are not start at random, and a line says so.
         options: passed on to `from_pretrained`.
 
     Raises: ValueError when tensors are missing; what `from_pretrained` raises.
@@ -55,17 +57,20 @@ def load_frozen(
     options |= {"output_loading_info": True} | ({} if config is None else {"config": config})
     if part:
         options["key_mapping"] = {rf"^{part}\.": ""}
-    # Of a whole checkpoint the report would list every tensor of the other parts; missing ones are raised all the same.
-    with without_report() if part else nullcontext():
+    with _quiet() if part or may_lack else nullcontext():
         model, info = model_class.from_pretrained(id, **options)
-    if missing := sorted(key for key in info["missing_keys"] if not re.fullmatch(may_lack, key)):
+    lacking = sorted(info["missing_keys"])
+    if missing := [key for key in lacking if not re.fullmatch(may_lack, key)]:
         raise ValueError(f"its weights lack {len(missing)} tensors of {type(model).__name__}: {missing[0]} ...")
+    if lacking:
+        logger.info("%s has no %s, which start at random", id, ", ".join(lacking))
     return model
 
 
 @contextmanager
-def without_report() -> Iterator[None]:
-    """Load without transformers' report of tensors that are missing or unexpected, for who says so in words of their own."""
+def _quiet() -> Iterator[None]:
+    # The loading report would list every tensor of the other parts as unexpected, and call a checkpoint without tensors that
+    # it may lack corrupted. Missing ones are raised or said all the same.
     reports = logging.getLogger("transformers.modeling_utils")
     reports.addFilter(_is_no_report)
     try:

@@ -148,15 +148,15 @@ class Search:
         if every is not None:
             order = every.ids.argsort()
             every = Pairs(every.ids[order], every.logits[order])
-        names = [rule] if rule == ITC else [rule, *(name for name in RULES if name != rule)]
-        outputs, *others = (
-            self.collection.outputs(
+        lists = {
+            name: self.collection.outputs(
                 self.order(of_images, every, name, of_images=True), self.order(of_texts, every, name, of_images=False)
             )
-            for name in names
-        )
-        for name, lists in zip(names[1:], others, strict=True):
-            for output, other in zip(outputs, lists, strict=True):
+            for name in ((ITC,) if rule == ITC else RULES)
+        }
+        outputs = lists.pop(rule)
+        for name, others in lists.items():
+            for output, other in zip(outputs, others, strict=True):
                 if output is not None and other is not None:
                     output.setdefault("by_rule", {})[name] = {key: other[key] for key in ("captions", "images")}
         return outputs, [broken[i] for i in sorted(broken)]
