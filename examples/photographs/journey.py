@@ -183,7 +183,7 @@ class Journey:
     def _training(self, command: list[str], name: str, steps: int, overrides: list[str], *, root: type[Any]) -> Part:
         run_dir, config = self.out / name, self.config(root)
         every = {
-            "log_every_steps": steps // 50, "validate_every_steps": steps // 4, "checkpoint_every_steps": steps // 10
+            "log_every_steps": steps // 50, "validate_every_steps": -(-steps // 4), "checkpoint_every_steps": steps // 10
         }  # fmt: skip
         settings = [f"train.{key}={max(1, value)}" for key, value in every.items()]
         settings += [f"train.max_steps={steps}", f"optim.warmup_steps={min(config.optim.warmup_steps, steps // 5)}"]
