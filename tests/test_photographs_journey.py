@@ -147,6 +147,17 @@ def test_a_row_that_trains_as_long_as_another_needs_that_one(tmp_path, photograp
     assert "--rows pooled: some train for as long as stage1_2; name it too" in capsys.readouterr().err
 
 
+def test_a_mistake_in_stage_2_is_said_before_stage_1_is_trained(tmp_path, photographs, spawned, capsys):
+    train, dev = map(str, photographs)
+    arguments = ["--train", train, "--dev", dev, "--out", str(tmp_path / "x"), "--stage2", "stage2.init_shar=1"]
+    with pytest.raises(SystemExit) as end:
+        journey.main(arguments)
+    assert end.value.code == 2
+    assert "nearest is stage2.init_share" in capsys.readouterr().err
+    assert spawned == []
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_time_of_a_run_is_what_its_speed_says(tmp_path):
     (tmp_path / "config.yaml").write_text("stage: stage2\ntrain: {global_batch_size: 8}\n")
     lines = [{"step": 2, "samples_per_s": 4.0}, {"step": 3, "samples_per_s": 2.0}, {"step": 3, "validation_lm": 1.0}]

@@ -110,7 +110,8 @@ class Journey:
 
     def models(self) -> list[Part]:
         """Fetch and convert the pretrained models, where the configs name what prepare.py makes."""
-        if not any(str(PARTS) in to_yaml(self.config(root)) for root in (Stage1Config, Stage2Config)):
+        configs = [self.config(root) for root in (Stage1Config, Stage2Config)]  # both: a mistake is said before stage 1
+        if not any(str(PARTS) in to_yaml(config) for config in configs):
             return []
         targets = [PARTS / package.target for package in PACKAGES]
         command = [sys.executable, f"{HERE}/prepare.py"]
